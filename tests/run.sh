@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the whole suite; arguments go to pytest:  bash tests/run.sh -k mixture
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source neo/scripts/setup_env.sh
+setup_env
+exec "$PYTHON" -m pytest tests -q "$@"
