@@ -1,0 +1,115 @@
+"""From a `RunConfig` to megatron-core's GPT model, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules, get_num_layers_to_build)
+
+from megatron.pretrain.config import RunConfig
+from megatron.pretrain.errors import UserError
+from megatron.pretrain.model.layers import CausalAttention, RMSNorm
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
+    """The model chunks of this rank's pipeline stage (one, unless the schedule is interleaved)."""
+    engine = transformer_config(config, device)
+    implementation = transformer_implementation(config, device)
+    stages = engine.virtual_pipeline_model_parallel_size
+    chunks = [
+        _wrap(_chunk(config, engine, implementation, padded_vocab_size, stage).to(device), config, engine, number)
+        for number, stage in enumerate(range(stages) if stages else [None])]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    return chunks
+
+
+def transformer_implementation(config: RunConfig, device: torch.device) -> str:
+    """Resolve --transformer-impl auto, and refuse what is not installed."""
+    wanted = config.model.transformer_impl
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not (installed and device.type == "cuda"):
+        reason = "CUDA is not present" if installed else 'it is not installed (pip install "neo-pretrain[te]")'
+        raise UserError(f"--transformer-impl transformer_engine: {reason}; use local or auto")
+    if wanted == "auto":
+        wanted = "transformer_engine" if installed and device.type == "cuda" else "local"
+        logger.info("layers: %s (--transformer-impl auto)", wanted)
+    return wanted
+
+
+def transformer_config(config: RunConfig, device: torch.device) -> TransformerConfig:
+    """megatron-core's description of this model, layout and precision."""
+    model, layout, train = config.model, config.layout, config.train
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    chunk = layout.num_layers_per_virtual_pipeline_stage
+    stage_layers = model.num_layers // layout.pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads, num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim, layernorm_epsilon=model.norm_epsilon, init_method_std=model.init_method_std,
+        attention_dropout=model.attention_dropout, hidden_dropout=model.hidden_dropout,
+        normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        # Fusions of the engine that need apex or a CUDA compiler of their own stay off: a run must not
+        # depend on what happens to be installed.
+        bias_activation_fusion=device.type == "cuda", bias_dropout_fusion=False, masked_softmax_fusion=False,
+        apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        use_cpu_initialization=device.type == "cpu", params_dtype=dtype, pipeline_dtype=dtype, bf16=train.bf16,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=stage_layers // chunk if chunk else None,
+        context_parallel_size=layout.context_parallel_size, sequence_parallel=layout.sequence_parallel,
+        overlap_p2p_comm=False, batch_p2p_comm=True, deterministic_mode=train.deterministic_mode,
+        calculate_per_token_loss=train.calculate_per_token_loss,
+        recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
+        recompute_num_layers=train.recompute_num_layers)
+
+
+def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, padded_vocab_size: int,
+           stage: int | None) -> torch.nn.Module:
+    chunk = GPTModel(
+        engine, _layer_spec(engine, implementation, stage), vocab_size=padded_vocab_size,
+        max_sequence_length=config.model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage),
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope", rotary_base=config.model.rotary_base, vp_stage=stage)
+    return Float16Module(engine, chunk) if config.train.bf16 else chunk
+
+
+def _layer_spec(engine: TransformerConfig, implementation: str, stage: int | None) -> object:
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    count = get_num_layers_to_build(engine, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _wrap(chunk: torch.nn.Module, config: RunConfig, engine: TransformerConfig,
+          number: int) -> DistributedDataParallel:
+    layout = config.layout
+    return DistributedDataParallel(
+        engine,
+        DistributedDataParallelConfig(
+            # Gradients are always summed in fp32: bf16 sums lose small micro-batches.
+            grad_reduce_in_fp32=True, overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
+            use_distributed_optimizer=layout.use_distributed_optimizer),
+        chunk,
+        # Later chunks finish their backward pass first, with nothing left to overlap with.
+        disable_bucketing=number > 0)
