@@ -95,7 +95,8 @@ def apportion(total: int, weights: Sequence[float]) -> np.ndarray:
     """
     # Exact: the order of a run must not hang on how a machine rounds a sum.
     shares = [Fraction(weight) for weight in weights]
-    quotas = [total * share / sum(shares) for share in shares]
+    whole = sum(shares)
+    quotas = [total * share / whole for share in shares]
     counts = [max(int(quota), int(quota > 0)) for quota in quotas]
     by_remainder = sorted(range(len(counts)), key=lambda k: counts[k] - quotas[k])
     for k in by_remainder[: max(0, total - sum(counts))]:

@@ -77,6 +77,8 @@ class SourceWindows:
     ) -> None:
         documents = range(source.n_documents) if documents is None else documents
         self.source = source
+        # A view without memmap's bookkeeping on every slice.
+        self._tokens = np.asarray(source.tokens)
         self.seq_length = seq_length
         self._documents = documents
         self._shuffle_key = shuffle_key
@@ -98,9 +100,9 @@ class SourceWindows:
         begin = window * self.seq_length
         end = min(begin + self.seq_length + 1, self.n_tokens)
         if self._shuffle_key is None:
-            stream = self.source.tokens[self._first_token + begin : self._first_token + end]
+            stream = self._tokens[self._first_token + begin : self._first_token + end]
         else:
-            stream = self.source.tokens[self._shuffled(epoch).positions(begin, end)]
+            stream = self._tokens[self._shuffled(epoch).positions(begin, end)]
         out[: end - begin] = stream
         return end - begin
 
