@@ -1,0 +1,1 @@
+"""How weights are updated: the optimizer, and the learning rate as a function of position."""
