@@ -1,0 +1,122 @@
+"""Processes that share a stream of tasks and give the results back in the order of the tasks.
+
+`multiprocessing.Pool` waits for ever for a worker that was killed, and `concurrent.futures` keeps the
+program alive until running tasks are done. Here a dead worker is noticed where its result is due, and
+leaving the block ends the workers at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from megatron.pretrain.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+TASKS_AHEAD = 2
+"""Tasks a worker may hold: one it works on, one that waits so that it never has to."""
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+class OrderedWorkers(Generic[Task, Result]):
+    """`count` processes that run `handle`, which must be picklable where processes are spawned."""
+
+    def __init__(self, count: int, handle: Callable[[Task], Result]) -> None:
+        self._workers = [_start(handle) for _ in range(count)]
+
+    def __enter__(self) -> OrderedWorkers[Task, Result]:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+        """Each task and its `handle(task)`, in order, with a bounded number of tasks ahead.
+
+        An exception of `handle` is raised here, the first in the order of the tasks; a worker that is
+        gone raises UserError.
+        """
+        due: deque[tuple[Task, _Worker]] = deque()
+        for number, task in enumerate(tasks):
+            if len(due) == TASKS_AHEAD * len(self._workers):
+                yield _next(due)
+            worker = self._workers[number % len(self._workers)]
+            _send(worker, task)
+            due.append((task, worker))
+        while due:
+            yield _next(due)
+
+
+def _start(handle: Callable[[Any], Any]) -> _Worker:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_serve, args=(handle, theirs), daemon=True)
+    process.start()
+    # With our copy closed the worker's end is the last, so that its death reads as an end of file.
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(handle: Callable[[Any], Any], pipe: Connection) -> None:
+    """The worker: answer tasks until the parent is gone."""
+    # Ctrl-C reaches the whole group, but ending the workers is the parent's affair.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = handle(task), None
+        except Exception as error:
+            answer = error, traceback.format_exc()
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+def _send(worker: _Worker, task: Any) -> None:
+    try:
+        worker.pipe.send(task)
+    except OSError:
+        raise _gone(worker) from None
+
+
+def _next(due: deque[tuple[Any, _Worker]]) -> tuple[Any, Any]:
+    task, worker = due.popleft()
+    return task, _receive(worker)
+
+
+def _receive(worker: _Worker) -> Any:
+    try:
+        result, trace = worker.pipe.recv()
+    except (EOFError, OSError):
+        raise _gone(worker) from None
+    if trace is not None:
+        raise result from RuntimeError(f"in worker {worker.process.pid}:\n{trace}")
+    return result
+
+
+def _gone(worker: _Worker) -> UserError:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint = "; if memory ran out, give fewer --workers" if code == -signal.SIGKILL else ""
+    return UserError(f"worker process {worker.process.pid} {how} before its work was done{hint}")
