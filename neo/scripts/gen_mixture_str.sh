@@ -2,7 +2,7 @@
 # Prints the mixture string and TRAIN_ITERS of mixture_cfg.yml (-c FILE: of another file), and writes
 # mixture.env, which the launchers read where DATA_PATH is not set.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 find_python
 exec env PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" \

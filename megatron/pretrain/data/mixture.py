@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron.pretrain.data.yaml_lines import Scalar, pairs, read_mapping, scalar
 from megatron.pretrain.errors import UserError
 
 ROUND_SUFFIX = "_ROUND"
@@ -90,14 +91,6 @@ class Mixture:
 # --- mixture_cfg.yml ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A scalar of the YAML file, and where it stands ("mixture_cfg.yml, line 7")."""
-
-    text: str
-    where: str
-
-
 def load_mixture(config_path: str | Path, token_counts: Mapping[str, int | str] | None = None) -> Mixture:
     """Read a mixture's YAML file, and the token counts of its sources.
 
@@ -112,11 +105,11 @@ def load_mixture(config_path: str | Path, token_counts: Mapping[str, int | str] 
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it must be a mixture's YAML file") from None
-    entries = _top_level(path, content)
+    entries = read_mapping(content, str(path))
     for key in entries:
         _check_key(key)
     nodes = {key.text: (key, node) for key, node in entries.items()}
-    counts = _Counts({_name(name): _token_count(_Text(str(count), f"DB2TOKCNT, {name}"))
+    counts = _Counts({_name(name): _token_count(Scalar(str(count), f"DB2TOKCNT, {name}"))
                       for name, count in (token_counts or {}).items()},
                      _counts_section(path, nodes.get("TOKEN_COUNTS")))
     mixture = Mixture(
@@ -130,7 +123,7 @@ def load_mixture(config_path: str | Path, token_counts: Mapping[str, int | str] 
     return mixture
 
 
-def _sources(path: Path, entries: Mapping[_Text, yaml.Node], counts: _Counts) -> Iterator[Source]:
+def _sources(path: Path, entries: Mapping[Scalar, yaml.Node], counts: _Counts) -> Iterator[Source]:
     round_keys = [key for key in entries if key.text.endswith(ROUND_SUFFIX)]
     if not round_keys:
         raise UserError(f"{path}: no rounds; list .bin paths under a key such as 1.0{ROUND_SUFFIX}:")
@@ -140,42 +133,7 @@ def _sources(path: Path, entries: Mapping[_Text, yaml.Node], counts: _Counts) ->
             yield Source(_prefix(item), counts.tokens(item), rounds)
 
 
-def _top_level(path: Path, content: bytes) -> dict[_Text, yaml.Node]:
-    """The file's keys and their values, as nodes: they know their lines, and digits stay text."""
-    try:
-        root = yaml.compose(content, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(f"{path}, line {mark.line + 1}: not valid YAML: {error.problem}") from None
-    except yaml.reader.ReaderError as error:
-        raise UserError(f"{path}: not valid YAML: {error.reason} at byte {error.position}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: must be 'KEY: value' lines with GLOBAL_BATCH_SIZE, SEQ_LEN and "
-                        f"at least one list of .bin paths such as 1.0{ROUND_SUFFIX}:")
-    return _pairs(path, root)
-
-
-def _pairs(path: Path, node: yaml.MappingNode) -> dict[_Text, yaml.Node]:
-    pairs: dict[_Text, yaml.Node] = {}
-    lines: dict[str, str] = {}
-    for key_node, value in node.value:
-        key = _scalar(path, key_node, "a key")
-        if key.text in lines:
-            # YAML would keep the last of the two, and drop the sources of the first without a word.
-            raise UserError(f"{key.where}: {key.text} stands twice, first at {lines[key.text]}")
-        lines[key.text] = key.where
-        pairs[key] = value
-    return pairs
-
-
-def _scalar(path: Path, node: yaml.Node, what: str) -> _Text:
-    where = f"{path}, line {node.start_mark.line + 1}"
-    if not isinstance(node, yaml.ScalarNode) or not node.value or node.tag.endswith(":null"):
-        raise UserError(f"{where}: {what} must be one plain value")
-    return _Text(node.value, where)
-
-
-def _check_key(key: _Text) -> None:
+def _check_key(key: Scalar) -> None:
     if key.text in PLAIN_KEYS or key.text.endswith(ROUND_SUFFIX):
         return
     nearest = difflib.get_close_matches(key.text.upper(), (*PLAIN_KEYS, f"1.0{ROUND_SUFFIX}"), n=1)
@@ -184,16 +142,16 @@ def _check_key(key: _Text) -> None:
                        f"; known are {', '.join(PLAIN_KEYS)} and <number>{ROUND_SUFFIX}"))
 
 
-def _positive(path: Path, nodes: Mapping[str, tuple[_Text, yaml.Node]], key: str) -> int:
+def _positive(path: Path, nodes: Mapping[str, tuple[Scalar, yaml.Node]], key: str) -> int:
     if key not in nodes:
         raise UserError(f"{path}: {key} is missing; give it as '{key}: <whole number>'")
-    value = _scalar(path, nodes[key][1], key)
+    value = scalar(nodes[key][1], str(path), key)
     if not re.fullmatch(r"\d+", value.text) or int(value.text) == 0:
         raise UserError(f"{value.where}: {key} is {value.text!r}, it must be a whole number above 0")
     return int(value.text)
 
 
-def _rounds(key: _Text) -> Fraction:
+def _rounds(key: Scalar) -> Fraction:
     text = key.text.removesuffix(ROUND_SUFFIX)
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?", text):
         raise UserError(f"{key.where}: {key.text}: {text!r} is not a number of rounds, "
@@ -205,13 +163,13 @@ def _rounds(key: _Text) -> Fraction:
     return rounds
 
 
-def _items(path: Path, key: _Text, node: yaml.Node) -> list[_Text]:
+def _items(path: Path, key: Scalar, node: yaml.Node) -> list[Scalar]:
     if not isinstance(node, yaml.SequenceNode) or not node.value:
         raise UserError(f"{key.where}: {key.text} must be a list of one .bin path or more ('- my.bin' lines)")
-    return [_scalar(path, item, f"a path of {key.text}") for item in node.value]
+    return [scalar(item, str(path), f"a path of {key.text}") for item in node.value]
 
 
-def _prefix(item: _Text) -> str:
+def _prefix(item: Scalar) -> str:
     if not item.text.endswith(".bin"):
         raise UserError(f"{item.where}: {item.text!r} must be a path that ends in .bin")
     if item.text.split() != [item.text]:
@@ -237,7 +195,7 @@ def _check_length(mixture: Mixture, path: Path) -> None:
 # --- token counts ------------------------------------------------------------------------------------
 
 
-def _token_count(count: _Text) -> int:
+def _token_count(count: Scalar) -> int:
     """A count in digits or with a letter: 1500000000, 1_500_000_000, "1.5B"."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMBT]?)", count.text.strip().upper())
     tokens = Fraction(match[1].replace("_", "")) * _TOKENS_A_LETTER[match[2]] if match else Fraction(0)
@@ -252,7 +210,7 @@ def _name(bin_path: str) -> str:
     return os.path.normpath(bin_path.removesuffix(".bin"))
 
 
-def _counts_section(path: Path, entry: tuple[_Text, yaml.Node] | None) -> dict[str, tuple[int, str]]:
+def _counts_section(path: Path, entry: tuple[Scalar, yaml.Node] | None) -> dict[str, tuple[int, str]]:
     """Name of a source -> (tokens, where it is said)."""
     if entry is None:
         return {}
@@ -260,8 +218,8 @@ def _counts_section(path: Path, entry: tuple[_Text, yaml.Node] | None) -> dict[s
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{key.where}: TOKEN_COUNTS must be 'path.bin: tokens' lines")
     section = {}
-    for name, value in _pairs(path, node).items():
-        count = _scalar(path, value, f"the tokens of {name.text}")
+    for name, value in pairs(node, str(path)).items():
+        count = scalar(value, str(path), f"the tokens of {name.text}")
         section[_name(name.text)] = (_token_count(count), name.where)
     return section
 
@@ -275,7 +233,7 @@ class _Counts:
         self._used: set[str] = set()
         self._differences: list[str] = []
 
-    def tokens(self, item: _Text) -> int:
+    def tokens(self, item: Scalar) -> int:
         name = _name(item.text)
         given = self._given(name)
         in_file = _tokens_in_file(_prefix(item))
