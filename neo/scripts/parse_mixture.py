@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    from rich.console import Console
+    from rich.table import Table
+
     from megatron.pretrain.data.mixture import Mixture, blend_file, load_mixture, write_mixture_env
     from megatron.pretrain.errors import entry
 except ModuleNotFoundError as missing:
@@ -34,9 +37,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def print_table(mixture: Mixture) -> None:
     """One row a source: what it has, how often it is read, its share of the run."""
-    from rich.console import Console
-    from rich.table import Table
-
     total = sum(source.weight_tokens for source in mixture.sources)
     trained = mixture.train_iters * mixture.tokens_an_iteration
     table = Table(caption=f"{trained:,} of {mixture.total_tokens:,} tokens are trained: "
