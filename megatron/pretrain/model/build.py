@@ -71,8 +71,10 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=stage_layers // chunk if chunk else None,
         context_parallel_size=layout.context_parallel_size, sequence_parallel=layout.sequence_parallel,
-        overlap_p2p_comm=False, batch_p2p_comm=True, deterministic_mode=train.deterministic_mode,
-        calculate_per_token_loss=train.calculate_per_token_loss,
+        # Batched messages are told apart by their order alone: between two interleaved stages, each of which is
+        # before and after the other, they would be confused.
+        overlap_p2p_comm=chunk is not None, batch_p2p_comm=chunk is None,
+        deterministic_mode=train.deterministic_mode, calculate_per_token_loss=train.calculate_per_token_loss,
         recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers)
 

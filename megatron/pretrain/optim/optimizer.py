@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MethodType
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.pretrain.config import RunConfig
+from megatron.pretrain.optim.sharded import mend_loading, parts
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
             use_distributed_optimizer=layout.use_distributed_optimizer,
             overlap_param_gather=layout.overlap_param_gather),
         chunks)
-    for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
-            _mend_loading(part)
+    mend_loading(optimizer)
     return optimizer
 
 
@@ -59,57 +55,8 @@ def step(optimizer: MegatronOptimizer, clip_grad: float) -> StepOutcome:
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         return StepOutcome(updated=False, grad_norm=grad_norm)
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         parameters = part.get_parameters()
         if clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
     return StepOutcome(updated=optimizer.step_with_ready_grads(), grad_norm=grad_norm)
-
-
-def prime_for_loading(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW empty moments, which the engine's loading copies into but does not create."""
-    for parameter, state in _torch_states(optimizer):
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter),
-                         exp_avg_sq=torch.zeros_like(parameter))
-
-
-def unshare_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter a `step` of its own.
-
-    The engine loads one tensor into all of them; AdamW adds to it in place, so that one optimizer step would
-    count as many.
-    """
-    for _, state in _torch_states(optimizer):
-        state["step"] = state["step"].clone()
-
-
-def _mend_loading(optimizer: DistributedOptimizer) -> None:
-    """Let a distributed optimizer on torch's AdamW load its state.
-
-    megatron-core 0.16.1 copies into every entry of AdamW's state, `step` among them, which the checkpoint
-    keeps elsewhere: it fails with a KeyError. `step` has been set by then, so it is copied onto itself.
-    """
-    load_one = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def load_with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter,
-                       tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        with torch.no_grad():
-            load_one(self, model_param, {**tensors, "step": state["step"].clone()})
-
-    optimizer._set_main_param_and_optimizer_states = MethodType(load_with_step, optimizer)
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _torch_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Each parameter that torch's AdamW updates, with its state; nothing where the optimizer is another's."""
-    for part in _parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    yield parameter, part.optimizer.state[parameter]

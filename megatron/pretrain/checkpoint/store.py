@@ -1,0 +1,161 @@
+"""Saving and loading a run's state with megatron-core's dist_checkpointing: any layout to any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+from megatron.pretrain.checkpoint.manifest import TRACKER_NAME, Manifest, file_sizes, iteration_name
+from megatron.pretrain.errors import UserError
+from megatron.pretrain.optim.sharded import SHARDING, load_tensors, sharded_tensors
+
+
+def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer,
+                    manifest: Manifest) -> Path:
+    """Save weights, optimizer and random states to `root/iter_NNNNNNN`, and point the tracker there.
+
+    Every rank calls this. The folder has a temporary name until it is whole, so a crash leaves the previous
+    checkpoint in place. Returns the folder.
+    """
+    final = root / iteration_name(manifest.iteration)
+    partial = root / f".{final.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with _parameters_at_rest(chunks):
+        content = _model_content(chunks)
+        content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=False)
+        content["rng"] = _sharded_rng()
+        dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
+    if dist.get_rank() == 0:
+        dataclasses.replace(manifest, file_bytes=file_sizes(partial)).write(partial)
+        _publish(partial, final)
+    dist.barrier()
+    return final
+
+
+def load_weights(folder: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Load the model's weights alone; the optimizer's master copies follow them."""
+    _load_model(folder, chunks, _load(folder, _model_content(chunks)))
+    optimizer.reload_model_params()
+
+
+def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer,
+                    *, updates: int, with_rng: bool) -> None:
+    """Load weights, optimizer state and, `with_rng`, the random states, which fit the layout that saved them.
+
+    `updates` is how many optimizer steps the saved state has seen.
+    """
+    content = _model_content(chunks)
+    content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=True)
+    if with_rng:
+        content["rng"] = _sharded_rng()
+    loaded = _load(folder, content)
+    _load_model(folder, chunks, loaded)
+    load_tensors(optimizer, loaded["optimizer"], updates)
+    if with_rng:
+        _set_rng(loaded["rng"])
+
+
+def _model_content(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
+    # The engine's optimizers look for "model" where there is one chunk and "model0", ... where there are more.
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    return {name: unwrap_model(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _of_model(content: dict[str, Any]) -> dict[str, Any]:
+    """The model's part of a sharded state dict."""
+    return {name: part for name, part in content.items() if name.startswith("model")}
+
+
+@contextmanager
+def _parameters_at_rest(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """With --overlap-param-gather the forward pass gathers what the last step updated: gather it now."""
+    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
+
+
+def _save_strategy() -> Any:
+    return FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist", 1),
+        parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, then let the tracker name it; each is one atomic step."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    tracker = final.parent / TRACKER_NAME
+    beside = tracker.with_name(f".{TRACKER_NAME}.partial")
+    beside.write_text(f"{int(final.name.removeprefix('iter_'))}\n", encoding="utf-8")
+    os.replace(beside, tracker)
+
+
+def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(content, str(folder))
+    except (CheckpointingException, OSError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def _load_model(folder: Path, chunks: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:
+    for chunk, part in zip(chunks, _of_model(loaded).values(), strict=True):
+        missing, unexpected = unwrap_model(chunk).load_state_dict(part, strict=False)
+        # Transformer Engine keeps fp8 bookkeeping beside its weights, which other layers do not have.
+        wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+        if wrong:
+            raise UserError(f"{folder}: tensors missing or unknown: {', '.join(wrong[:5])}")
+
+
+def _sharded_rng() -> ShardedObject:
+    """The random states of this rank, which its data-parallel peers share."""
+    return ShardedObject(
+        "rng_state", _get_rng(),
+        (parallel_state.get_pipeline_model_parallel_world_size(),
+         parallel_state.get_tensor_model_parallel_world_size()),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def _get_rng() -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+              "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

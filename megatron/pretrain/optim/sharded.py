@@ -1,0 +1,134 @@
+"""The optimizer's state in one form for every layout, and whichever of the engine's optimizers holds it.
+
+A checkpoint holds, for each weight W, `optimizer.state.exp_avg.W`, `optimizer.state.exp_avg_sq.W` and, in
+bf16 runs, `optimizer.state.fp32_param.W`: whole tensors of the weight's shape, cut as the weight is. A plain
+optimizer's state loads into a distributed one and back. Everything else an optimizer keeps follows from the
+configuration and from how many updates it made.
+
+Two defects of megatron-core 0.16.1 on torch's AdamW are mended here. Loading a distributed optimizer fails
+with a KeyError, since it copies into every entry of AdamW's state, `step` among them, which the checkpoint
+keeps elsewhere. And after a load all parameters share one `step` tensor, so one update counts as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+# The engine's other types cannot save, or cannot change the layout. The second entry keeps its names plain.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+_MASTER_OF_DISTRIBUTED = "optimizer.state.param."
+_MASTER = "optimizer.state.fp32_param."
+
+
+def sharded_tensors(optimizer: MegatronOptimizer, model_content: dict[str, Any], *,
+                    is_loading: bool) -> dict[str, Any]:
+    """The state as sharded tensors: what to save, or with `is_loading` the places to load into.
+
+    `model_content` is the model's sharded state dict, from which the tensors take names and cuts.
+    """
+    part = _only_part(optimizer)
+    if is_loading:
+        _prime(part)
+    state = optimizer.sharded_state_dict(model_content, is_loading=is_loading, metadata=SHARDING)
+    if isinstance(part, DistributedOptimizer):
+        return {"param_state": _canonical(state["param_state"], has_master=part.config.bf16)}
+    inner = state["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else state
+    moments = {number: {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
+               for number, tensors in inner["state"].items() if isinstance(number, int)}
+    masters = state.get("fp32_from_fp16_params")
+    return {"moments": moments} if masters is None else {"moments": moments, "masters": masters}
+
+
+def load_tensors(optimizer: MegatronOptimizer, loaded: dict[str, Any], updates: int) -> None:
+    """Take over loaded `sharded_tensors`, after `updates` steps of the optimizer that saved them."""
+    part = _only_part(optimizer)
+    state = part.state_dict()
+    if isinstance(part, DistributedOptimizer):
+        state["param_state"] = loaded["param_state"]
+        state["param_state_sharding_type"] = SHARDING["distrib_optim_sharding_type"]
+        _set_step(state["optimizer"]["param_groups"], updates)
+    else:
+        is_mixed = isinstance(part, Float16OptimizerWithFloat16Params)
+        inner = state["optimizer"] if is_mixed else state
+        for number, moments in loaded["moments"].items():
+            inner["state"][number] = {**inner["state"][number], **moments}
+        inner["state"]["common_step"] = torch.tensor(float(updates))
+        _set_step(inner["param_groups"], updates)
+        if is_mixed:
+            state["fp32_from_fp16_params"] = loaded["masters"]
+    part.load_state_dict(state)
+    _unshare_steps(part)
+
+
+def mend_loading(optimizer: MegatronOptimizer) -> None:
+    """Let a distributed optimizer load a state that lacks entries: those keep the value they have."""
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part._set_main_param_and_optimizer_states = MethodType(_set_with_defaults, part)
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that the engine has chained together."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _only_part(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """Dense models have one optimizer; the engine chains more only for experts."""
+    (part,) = parts(optimizer)
+    return part
+
+
+@torch.no_grad()
+def _set_with_defaults(self: DistributedOptimizer, model_param: torch.nn.Parameter,
+                       tensors: dict[str, torch.Tensor]) -> None:
+    group, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][order]
+    current = {"param": main_param, **self.optimizer.state[main_param]}
+    kept = {name: value.clone() for name, value in current.items() if name not in tensors}
+    DistributedOptimizer._set_main_param_and_optimizer_states(self, model_param, {**kept, **tensors})
+
+
+def _canonical(param_state: dict[int, dict[str, Any]], *, has_master: bool) -> dict[int, dict[str, Any]]:
+    """Name the distributed optimizer's master weights as the plain one's; in fp32 the weights are those."""
+    for tensors in param_state.values():
+        master = tensors.pop("param")
+        if has_master:
+            master.key = master.key.replace(_MASTER_OF_DISTRIBUTED, _MASTER, 1)
+            tensors["fp32_param"] = master
+    return param_state
+
+
+def _set_step(param_groups: list[dict[str, Any]], updates: int) -> None:
+    """Where an optimizer counts its updates by parameter group, set the count."""
+    for group in param_groups:
+        if "step" in group:
+            group["step"] = type(group["step"])(updates)
+
+
+def _prime(part: MegatronOptimizer) -> None:
+    """Give torch's AdamW empty moments, which the engine's loading copies into but does not create."""
+    for parameter, state in _torch_states(part):
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter),
+                         exp_avg_sq=torch.zeros_like(parameter))
+
+
+def _unshare_steps(part: MegatronOptimizer) -> None:
+    for _, state in _torch_states(part):
+        state["step"] = state["step"].clone()
+
+
+def _torch_states(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Each parameter that torch's AdamW updates, with its state; nothing where the optimizer is another's."""
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, part.optimizer.state[parameter]
