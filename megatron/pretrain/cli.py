@@ -86,7 +86,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(prog: str) -> _Parser:
     # SUPPRESS keeps what was not given out of the namespace, so that flags lie over the file's values.
     parser = _Parser(
-        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog=prog, usage="torchrun [...] %(prog)s FLAGS", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         description="Pre-train a NEO model. Start it with torchrun or with a launcher of neo/scripts; "
         "flags have Megatron-LM's names, and '_' and '-' are the same in them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
