@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from megatron.pretrain.data.dataset import open_dataset
 from megatron.pretrain.data.indexed import IndexedTokens, IndexedWriter, write_manifest
-from megatron.pretrain.data.mixture import Blended
-from megatron.pretrain.data.order import permute
+from megatron.pretrain.data.mixture import Blended, Mixture, Source
+from megatron.pretrain.data.order import permute, windows_for_tokens
 from megatron.pretrain.data.windows import SourceWindows, split_documents
 from megatron.pretrain.errors import UserError
 
@@ -31,7 +32,7 @@ class Ids:
 
 @pytest.fixture
 def write_source(tmp_path):
-    """write_source(name, lengths, first) writes documents of consecutive ids from `first`, so an id is a place."""
+    """write_source(name, lengths, first) writes documents of ids from `first` on: an id is a place."""
 
     def write(name: str, lengths: list[int], *, first: int = 1, append_eod: bool = False) -> str:
         prefix = tmp_path / name
@@ -59,7 +60,7 @@ def _epoch(windows: SourceWindows, epoch: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("shuffle_key", [None, (42, 0)])
 @pytest.mark.parametrize("lengths", [[2], [1, 8], [3, 5, 0, 1, 8], [9] * 8, [1, 0, 30, 0, 2, 0], [1] * 1000])
 @pytest.mark.parametrize("seq_length", [1, 7, 8, 100])
-def test_an_epoch_has_every_token_once_as_a_label_but_the_first(write_source, lengths, shuffle_key, seq_length):
+def test_each_token_but_the_first_is_a_label_once_an_epoch(write_source, lengths, shuffle_key, seq_length):
     source = IndexedTokens(write_source("a", lengths))
     windows = SourceWindows(source, seq_length, shuffle_key=shuffle_key)
     for epoch in (0, 1):
@@ -85,7 +86,7 @@ def test_shuffled_documents_stay_whole_and_follow_the_permutation(write_source, 
     windows = SourceWindows(source, 16, shuffle_key=(1, 2))
     documents = np.split(source.tokens, np.cumsum(lengths)[:-1])
     for epoch in (0, 3):
-        order = permute(np.arange(len(lengths)), len(lengths), (1, 2, epoch))
+        order = permute(np.arange(len(lengths)), len(lengths), (1, 2, epoch, 0))
         stream = np.concatenate([documents[document] for document in order])
         for number, window in enumerate(_epoch(windows, epoch)):
             assert np.array_equal(window, stream[16 * number : 16 * number + 17])
@@ -108,7 +109,8 @@ def _reference_split(split: str, n_documents: int) -> list[range]:
 
     ends = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     return [range(0) if end is None else
-            range(int(round(end[0] * float(n_documents))), int(round(end[1] * float(n_documents)))) for end in ends]
+            range(int(round(end[0] * float(n_documents))), int(round(end[1] * float(n_documents))))
+            for end in ends]
 
 
 @pytest.mark.parametrize("split", ["1000,0,0", "969,30,1", "99,1", "0.9,0.05,0.05", "1,1,1", "0,1,0", "100"])
@@ -117,7 +119,7 @@ def test_the_split_is_megatrons(split):
         reference = _reference_split(split, n_documents)
         for part, expected in zip(("train", "valid", "test"), reference, strict=True):
             ours = split_documents(split, part, n_documents)
-            assert list(ours) == list(expected) if n_documents < 200 else ours == expected or not (ours or expected)
+            assert ours == expected or not (ours or expected)
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2,0", "nan,1,0", "inf,1,0"])
@@ -130,11 +132,13 @@ def test_masks_are_those_of_the_engine(write_source):
     import torch
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-    dataset = _open(Blended(write_source("a", [3, 1, 7, 20, 2], append_eod=True), None), eod_mask_loss=True)
+    prefix = write_source("a", [3, 1, 7, 20, 2], append_eod=True)
+    dataset = _open(Blended(prefix, None), eod_mask_loss=True)
     tokens, loss_mask = dataset.samples(np.arange(dataset.blend.samples_per_pass))
     windows = dataset.blend.locate(np.arange(len(tokens)))[2]
     for row, mask, window in zip(tokens, loss_mask, windows, strict=True):
-        _, reference, _ = _get_ltor_masks_and_position_ids(torch.from_numpy(row[:-1]), EOD, False, False, True, False)
+        _, reference, _ = _get_ltor_masks_and_position_ids(
+            torch.from_numpy(row[:-1]), EOD, False, False, True, False)
         labels_left = dataset.sources[0].n_tokens - 1 - 8 * window
         reference[max(0, labels_left):] = 0.0
         assert np.array_equal(mask, reference.numpy())
@@ -180,7 +184,7 @@ def test_weights_in_tokens_never_run_past_their_rounds(write_source):
     seen = collections.Counter(zip(sources.tolist(), windows.tolist(), strict=True))
     assert {source: max(n for (s, _), n in seen.items() if s == source) for source in (0, 1)} == {0: 2, 1: 4}
     assert np.array_equal(np.unique(windows[(sources == 0) & (epochs == 0)]), np.arange(100))
-    with pytest.raises(UserError, match="--train-iters asks for 231 samples of 8 tokens .* allow 230"):
+    with pytest.raises(UserError, match="--train-iters: asks for 231 samples of 8 tokens.* allow 230 "):
         dataset.check_holds(231)
     dataset.check_holds(230)
 
@@ -208,9 +212,14 @@ def test_no_weights_give_each_source_once_a_pass(write_source):
 
 
 def test_a_sample_is_the_same_however_it_is_asked_for(write_source):
-    blended = [Blended(write_source("a", [50, 60, 70]), 2.0), Blended(write_source("b", [40], first=500), 1.0)]
-    together, _ = _open(*blended, enable_shuffle=True).samples(np.arange(200))
-    alone = [_open(*blended, enable_shuffle=True).samples(np.array([sample]))[0][0] for sample in (199, 0, 57)]
+    a, b = write_source("a", [50, 60, 70]), write_source("b", [40], first=500)
+
+    def read(*samples: int) -> np.ndarray:
+        dataset = _open(Blended(a, 2.0), Blended(b, 1.0), enable_shuffle=True)
+        return dataset.samples(np.array(samples))[0]
+
+    together = read(*range(200))
+    alone = np.concatenate([read(199), read(0), read(57)])
     assert np.array_equal(together[[199, 0, 57]], alone)
 
 
@@ -259,7 +268,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(write_source)
 
 
 def test_a_source_without_two_tokens_is_refused(write_source):
-    with pytest.raises(UserError, match="/a: 1 of its 1 documents .* with 1 tokens; a source needs at least 2"):
+    with pytest.raises(UserError, match="/a: 1 of its 1 documents .* with 1 tokens; a source needs"):
         _open(Blended(write_source("a", [1]), None))
     with pytest.raises(UserError, match="/b: 0 of its 3 documents are in this part of --split"):
         _open(Blended(write_source("b", [9, 9, 9]), None), split="1000,1,0", part="valid")
@@ -282,3 +291,18 @@ def test_weights_that_make_no_sense_are_refused(write_source, weights, data_weig
 def test_no_source_at_all_is_refused():
     with pytest.raises(UserError, match="--data-path: names no dataset"):
         _open()
+
+
+def test_the_length_of_a_mixture_always_fits_its_data(tmp_path):
+    """TRAIN_ITERS of random mixtures: as many samples as their weights in tokens allow, or fewer."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        seq_length, batch = int(rng.integers(16, 200)), int(rng.integers(1, 5))
+        sources = tuple(
+            Source("a", int(rng.integers(2, 40)) * seq_length + int(rng.integers(0, 3)), Fraction(int(rounds), 4))
+            for rounds in rng.integers(1, 12, int(rng.integers(1, 5))))
+        mixture = Mixture(sources, batch, seq_length, tmp_path, "")
+        allowed = sum(
+            windows_for_tokens(source.weight_tokens, source.tokens, -(-(source.tokens - 1) // seq_length), seq_length)
+            for source in sources)
+        assert mixture.train_iters * batch <= allowed

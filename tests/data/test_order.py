@@ -49,14 +49,14 @@ def _chi_square(counts: np.ndarray) -> float:
 
 
 def test_permutations_look_uniform():
-    """Each statistic is a chi-square of c cells: mean c - 1, deviation sqrt(2c - 2); 6 deviations are allowed."""
+    """A chi-square of c cells has mean c - 1 and deviation sqrt(2c - 2); six deviations are allowed."""
     n, keys = 50, 5000
     orders = np.stack([permute(np.arange(n), n, (key,)) for key in range(keys)])
     cells = {
         "where the first goes": np.bincount(orders[:, 0], minlength=n),
         "where the last goes": np.bincount(orders[:, -1], minlength=n),
         "step between neighbours": np.bincount((orders[:, 1] - orders[:, 0]) % n, minlength=n)[1:],
-        "blocks of a large range": np.bincount(permute(np.arange(100_000), 10**9, (3,)) // (10**9 // 64 + 1)),
+        "64ths of a large range": np.bincount(permute(np.arange(100_000), 10**9, (3,)) // (10**9 // 64 + 1)),
     }
     for name, counts in cells.items():
         allowed = len(counts) - 1 + 6 * np.sqrt(2 * len(counts) - 2)
@@ -92,7 +92,7 @@ def test_apportionment(total, weights, counts):
 @pytest.mark.parametrize("rounds", [Fraction(1, 10), Fraction(1), Fraction(3, 2), Fraction(4), Fraction(25)])
 @pytest.mark.parametrize("n_tokens", [2, 8, 9, 10, 16, 17, 1000, 1001])
 def test_a_weight_in_tokens_never_exceeds_its_rounds(n_tokens, rounds):
-    """At most ceil(rounds x windows) windows, at most a window a seq_length, short of the weight by no window."""
+    """At most ceil(rounds x windows), at most one a seq_length of the weight, and short of neither by one."""
     seq_length = 8
     windows = -(-(n_tokens - 1) // seq_length)
     weight = int(n_tokens * rounds)

@@ -1,4 +1,4 @@
-"""Where figures go: whole lines that survive a kill and a resume, and optional libraries that may be absent."""
+"""Where figures go: lines that survive a kill and a resume, and libraries that may be absent."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("module", "make", "sentence"), [
-    ("torch.utils.tensorboard", lambda: TensorBoard("runs"), "--tensorboard-dir runs: tensorboard is not installed"),
+    ("torch.utils.tensorboard", lambda: TensorBoard("runs"),
+     "--tensorboard-dir runs: tensorboard is not installed"),
     ("wandb", lambda: WandB("neo"), "--wandb-project neo: wandb is not installed"),
 ])
 def test_a_library_that_is_not_installed_is_named_with_its_remedy(monkeypatch, module, make, sentence):

@@ -64,7 +64,7 @@ def test_cost_of_a_token_agrees_with_measured_rows(model, tokens_per_second, tfl
 
 
 def test_cost_of_a_token_is_what_torch_counts():
-    """torch counts the products it runs: with a full square of scores twice the causal half, in every layer."""
+    """torch counts the products it runs, and so the full square of scores: twice the causal half."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -31,7 +31,8 @@ def test_every_position_is_megatrons(style, warmup_samples, warmup_init_lr):
     settings = {**NEO, "warmup_samples": warmup_samples, "warmup_init_lr": warmup_init_lr}
     schedule, reference = LrSchedule(style=style, **settings), _megatron(style, **settings)
     for consumed in range(250):
-        assert schedule(consumed) == pytest.approx(reference.optimizer.param_groups[0]["lr"], rel=1e-15, abs=0)
+        expected = reference.optimizer.param_groups[0]["lr"]
+        assert schedule(consumed) == pytest.approx(expected, rel=1e-15, abs=0)
         reference.step(1)
 
 

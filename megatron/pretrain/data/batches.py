@@ -48,8 +48,8 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
             raise ValueError(
-                f"global batch {self.global_batch_size} is no multiple of micro-batch {self.micro_batch_size} "
-                f"x data-parallel size {self.data_parallel_size}")
+                f"global batch {self.global_batch_size} is no multiple of micro-batch "
+                f"{self.micro_batch_size} x data-parallel size {self.data_parallel_size}")
 
     @property
     def micro_batches(self) -> int:
@@ -77,15 +77,8 @@ class Loader:
         num_workers: threads that read ahead; 0 reads in `next` itself.
     """
 
-    def __init__(
-        self,
-        dataset: Samples,
-        schedule: BatchSchedule,
-        *,
-        consumed_samples: int = 0,
-        stop_samples: int | None = None,
-        num_workers: int = 2,
-    ) -> None:
+    def __init__(self, dataset: Samples, schedule: BatchSchedule, *, consumed_samples: int = 0,
+                 stop_samples: int | None = None, num_workers: int = 2) -> None:
         self._dataset = dataset
         self._schedule = schedule
         self._rows = self._all_rows(consumed_samples, stop_samples)
@@ -138,8 +131,5 @@ class Loader:
 
     def _read(self, rows: np.ndarray) -> MicroBatch:
         tokens, loss_mask = self._dataset.samples(rows)
-        return MicroBatch(
-            tokens=np.ascontiguousarray(tokens[:, :-1]),
-            labels=np.ascontiguousarray(tokens[:, 1:]),
-            loss_mask=loss_mask,
-        )
+        return MicroBatch(tokens=np.ascontiguousarray(tokens[:, :-1]),
+                          labels=np.ascontiguousarray(tokens[:, 1:]), loss_mask=loss_mask)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -24,16 +26,8 @@ class PretrainDataset:
         max_samples: samples that there are, or None where they repeat for ever.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceWindows],
-        blend: Blend,
-        *,
-        eod_id: int,
-        vocab_size: int,
-        eod_mask_loss: bool,
-        description: dict,
-    ) -> None:
+    def __init__(self, sources: Sequence[SourceWindows], blend: Blend, *, eod_id: int, vocab_size: int,
+                 eod_mask_loss: bool, description: dict[str, Any]) -> None:
         self.sources = tuple(sources)
         self.blend = blend
         self.seq_length = self.sources[0].seq_length
@@ -50,18 +44,13 @@ class PretrainDataset:
         """
         return hashlib.sha256(orjson.dumps(self._description, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
-    def check_holds(self, samples: int) -> None:
-        """Refuse a run of more samples than there are.
-
-        Raises:
-            UserError: with the number of samples there are.
-        """
+    def check_holds(self, samples: int, flag: str = "--train-iters") -> None:
+        """Raise UserError if `flag` asks for more samples than there are."""
         if self.max_samples is not None and samples > self.max_samples:
             raise UserError(
-                f"--train-iters asks for {samples} samples of {self.seq_length} tokens and the weights of "
-                f"--data-path allow {self.max_samples}: lower --train-iters, raise the rounds of the mixture, "
-                "or let sources repeat with --data-weights relative"
-            )
+                f"{flag}: asks for {samples} samples of {self.seq_length} tokens, and the weights of "
+                f"--data-path allow {self.max_samples} for this part of --split: lower it, raise the rounds "
+                "of the mixture, or let sources repeat with --data-weights relative")
 
     def samples(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read samples by number.
@@ -83,7 +72,7 @@ class PretrainDataset:
         places = zip(source_numbers.tolist(), epochs.tolist(), windows.tolist(), strict=True)
         for row, (source, epoch, window) in enumerate(places):
             count = self.sources[source].read(window, epoch, tokens[row])
-            loss_mask[row, count - 1 :] = 0.0
+            loss_mask[row, count - 1:] = 0.0
             self._check_vocabulary(source, tokens[row])
         if self._eod_mask_loss:
             loss_mask[tokens[:, :-1] == self._eod_id] = 0.0
@@ -94,27 +83,17 @@ class PretrainDataset:
         if tokens.max() >= self._vocab_size:
             raise UserError(
                 f"{self.sources[source].source.prefix}: holds token {tokens.max()}, and the tokenizer has "
-                f"{self._vocab_size} ids: the data was made with another tokenizer; preprocess it with this one"
-            )
+                f"{self._vocab_size} ids: the data was made with another one; preprocess it with this one")
 
 
-def open_dataset(
-    blended: Sequence[Blended],
-    *,
-    tokenizer: Tokenizer,
-    seq_length: int,
-    seed: int,
-    data_weights: str = "relative",
-    enable_shuffle: bool = False,
-    eod_mask_loss: bool = False,
-    split: str = "1000,0,0",
-    part: str = "train",
-) -> PretrainDataset:
+def open_dataset(blended: Sequence[Blended], *, tokenizer: Tokenizer, seq_length: int, seed: int,
+                 data_weights: str = "relative", enable_shuffle: bool = False, eod_mask_loss: bool = False,
+                 split: str = "1000,0,0", part: str = "train") -> PretrainDataset:
     """Open the sources of a blend as one dataset.
 
     Args:
         blended: prefixes and weights, of which either all or none are None. Without weights a pass
-            holds one epoch of every source.
+            holds one epoch of every source, and passes repeat.
         tokenizer: the run's; data whose manifest names another is refused.
         seq_length: tokens a sample.
         seed: decides the order.
@@ -130,95 +109,77 @@ def open_dataset(
     Raises:
         UserError: a source is unreadable, empty or made with another tokenizer, or a weight makes no sense.
     """
-    weights = _weights(blended, data_weights)
+    _check_weights(blended, data_weights)
     indexed = [_open_source(source.prefix, tokenizer) for source in blended]
     sources = [
-        SourceWindows(
-            source,
-            seq_length,
-            documents=split_documents(split, part, source.n_documents),
-            shuffle_key=(seed, number) if enable_shuffle else None,
-        )
-        for number, source in enumerate(indexed)
-    ]
-    epochs = [source.windows_per_epoch for source in sources]
-    if weights is None:
-        given = epochs
-    elif data_weights == "tokens":
-        given = [_windows_of_weight(source, int(weight))
-                 for source, weight in zip(sources, weights, strict=True)]
-    else:
-        given = apportion(sum(epochs), weights)
-    repeats = weights is None or data_weights == "relative"
+        SourceWindows(source, seq_length, documents=split_documents(split, part, source.n_documents),
+                      shuffle_key=(seed, number) if enable_shuffle else None)
+        for number, source in enumerate(indexed)]
+    blend = Blend([source.windows_per_epoch for source in sources],
+                  _windows_per_pass(sources, [source.weight for source in blended], data_weights),
+                  seed=seed, repeats=data_weights == "relative")
     description = {
-        "sources": [_describe(source, weight.weight)
-                    for source, weight in zip(indexed, blended, strict=True)],
-        "seed": seed,
-        "seq_length": seq_length,
-        "data_weights": data_weights,
-        "enable_shuffle": enable_shuffle,
-        "eod_id": tokenizer.eod_id,
-        "split": split,
-        "part": part,
-    }
-    return PretrainDataset(
-        sources,
-        Blend(epochs, given, seed=seed, repeats=repeats),
-        eod_id=tokenizer.eod_id,
-        vocab_size=tokenizer.vocab_size,
-        eod_mask_loss=eod_mask_loss,
-        description=description,
-    )
+        "sources": [_describe(source, of_blend.weight)
+                    for source, of_blend in zip(indexed, blended, strict=True)],
+        "seed": seed, "seq_length": seq_length, "data_weights": data_weights,
+        "enable_shuffle": enable_shuffle, "eod_id": tokenizer.eod_id, "split": split, "part": part}
+    return PretrainDataset(sources, blend, eod_id=tokenizer.eod_id, vocab_size=tokenizer.vocab_size,
+                           eod_mask_loss=eod_mask_loss, description=description)
 
 
-def _weights(blended: Sequence[Blended], data_weights: str) -> list[float] | None:
-    """The blend's weights, checked; None where it has none."""
+def _check_weights(blended: Sequence[Blended], data_weights: str) -> None:
     if not blended:
         raise UserError("--data-path: names no dataset")
-    weights = [source.weight for source in blended]
-    if all(weight is None for weight in weights):
+    if all(source.weight is None for source in blended):
         if data_weights == "tokens":
-            raise UserError("--data-weights tokens: --data-path has no weights; give pairs of tokens and prefix")
-        return None
+            raise UserError(
+                "--data-weights tokens: --data-path has no weights; give pairs of tokens and prefix")
+        return
     for source in blended:
-        if source.weight is None or not 0 <= source.weight < float("inf"):
-            raise UserError(f"--data-path: the weight of {source.prefix} is {source.weight}; it must be 0 or more")
+        if source.weight is None or not 0 <= source.weight < math.inf:
+            raise UserError(
+                f"--data-path: the weight of {source.prefix} is {source.weight}; it must be 0 or more")
         if data_weights == "tokens" and source.weight != int(source.weight):
             raise UserError(
-                f"--data-weights tokens: the weight of {source.prefix} is {source.weight}, and must be a whole "
-                "number of tokens; shares are --data-weights relative"
-            )
-    if sum(weights) == 0:
+                f"--data-weights tokens: the weight of {source.prefix} is {source.weight}, and must be a "
+                "whole number of tokens; shares are --data-weights relative")
+    if not any(source.weight for source in blended):
         raise UserError("--data-path: every weight is 0")
-    return weights
+
+
+def _windows_per_pass(sources: Sequence[SourceWindows], weights: Sequence[float | None],
+                      data_weights: str) -> Sequence[int]:
+    epochs = [source.windows_per_epoch for source in sources]
+    if weights[0] is None:
+        return epochs
+    if data_weights == "relative":
+        return apportion(sum(epochs), weights)
+    return [_windows_of_weight(source, int(weight)) for source, weight in zip(sources, weights, strict=True)]
 
 
 def _windows_of_weight(source: SourceWindows, weight_tokens: int) -> int:
     share_tokens = -(-weight_tokens * source.n_tokens // source.source.n_tokens)
-    return windows_for_tokens(
-        share_tokens, source.n_tokens, source.windows_per_epoch, source.seq_length)
+    return windows_for_tokens(share_tokens, source.n_tokens, source.windows_per_epoch, source.seq_length)
 
 
 def _open_source(prefix: str, tokenizer: Tokenizer) -> IndexedTokens:
     source = IndexedTokens(prefix)
-    made_with = (read_manifest(prefix) or {}).get("tokenizer", {})
+    made_with = _tokenizer_of(source)
     for name, here in (("eod_id", tokenizer.eod_id), ("fingerprint", tokenizer.fingerprint)):
         there = made_with.get(name, here)
         if there != here:
             raise UserError(
-                f"{prefix}.json: the data was made with a tokenizer whose {name} is {there}, and this run's is "
-                f"{here}: preprocess the data again, or name the tokenizer it was made with"
-            )
+                f"{source.prefix}.json: the data was made with a tokenizer whose {name} is {there}, and this "
+                f"run's is {here}: preprocess the data again, or name the tokenizer it was made with")
     return source
 
 
-def _describe(source: IndexedTokens, weight: float | None) -> dict:
-    manifest = read_manifest(source.prefix) or {}
-    return {
-        "name": Path(source.prefix).name,
-        "tokens": source.n_tokens,
-        "documents": source.n_documents,
-        "dtype": np.dtype(source.dtype).name,
-        "weight": weight,
-        "tokenizer": manifest.get("tokenizer", {}).get("fingerprint"),
-    }
+def _tokenizer_of(source: IndexedTokens) -> dict[str, Any]:
+    """What the manifest says of the tokenizer; nothing where there is none, as with Megatron-LM's data."""
+    return (read_manifest(source.prefix) or {}).get("tokenizer", {})
+
+
+def _describe(source: IndexedTokens, weight: float | None) -> dict[str, Any]:
+    return {"name": Path(source.prefix).name, "tokens": source.n_tokens, "documents": source.n_documents,
+            "dtype": source.dtype.name, "weight": weight,
+            "tokenizer": _tokenizer_of(source).get("fingerprint")}

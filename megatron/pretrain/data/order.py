@@ -99,7 +99,7 @@ def apportion(total: int, weights: Sequence[float]) -> np.ndarray:
     quotas = [total * share / whole for share in shares]
     counts = [max(int(quota), int(quota > 0)) for quota in quotas]
     by_remainder = sorted(range(len(counts)), key=lambda k: counts[k] - quotas[k])
-    for k in by_remainder[: max(0, total - sum(counts))]:
+    for k in by_remainder[:max(0, total - sum(counts))]:
         counts[k] += 1
     return np.array(counts, dtype=np.int64)
 
@@ -120,14 +120,8 @@ class Blend:
         repeats: whether passes follow one another for ever; otherwise there is one.
     """
 
-    def __init__(
-        self,
-        windows_per_epoch: Sequence[int],
-        windows_per_pass: Sequence[int],
-        *,
-        seed: int,
-        repeats: bool,
-    ) -> None:
+    def __init__(self, windows_per_epoch: Sequence[int], windows_per_pass: Sequence[int], *, seed: int,
+                 repeats: bool) -> None:
         self.windows_per_epoch = np.asarray(windows_per_epoch, dtype=np.int64)
         self.windows_per_pass = np.asarray(windows_per_pass, dtype=np.int64)
         self.seed = seed
@@ -145,8 +139,7 @@ class Blend:
         if self.max_samples is not None and samples.size and samples.max() >= self.max_samples:
             raise UserError(
                 f"the data holds {self.max_samples} samples and sample {samples.max() + 1} was asked for: "
-                f"lower --train-iters, or let sources repeat with --data-weights relative"
-            )
+                "lower --train-iters or --eval-iters, or let sources repeat with --data-weights relative")
         passes, places = np.divmod(samples, self.samples_per_pass)
         for number in np.unique(passes):
             here = passes == number
@@ -157,11 +150,8 @@ class Blend:
         epochs, windows = np.divmod(counters, self.windows_per_epoch[sources])
         for source, epoch in np.unique(np.stack([sources, epochs], axis=1), axis=0):
             here = (sources == source) & (epochs == epoch)
-            windows[here] = permute(
-                windows[here],
-                int(self.windows_per_epoch[source]),
-                (self.seed, int(source), int(epoch)),
-            )
+            windows[here] = permute(windows[here], int(self.windows_per_epoch[source]),
+                                    (self.seed, int(source), int(epoch)))
         return sources, epochs, windows
 
 

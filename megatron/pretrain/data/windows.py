@@ -39,12 +39,11 @@ def split_documents(split: str, part: str, n_documents: int) -> range:
     if not 1 <= len(proportions) <= len(_PARTS) or min(proportions) < 0 or not 0 < total < float("inf"):
         raise UserError(
             f"--split {split}: give one to three proportions of training, validation and test documents, "
-            "none negative and one above 0, such as 969,30,1"
-        )
+            "none negative and one above 0, such as 969,30,1")
     proportions += [0.0] * (len(_PARTS) - len(proportions))
     number = _PARTS.index(part)
     begin = sum(proportions[:number]) / total
-    end = sum(proportions[: number + 1]) / total
+    end = sum(proportions[:number + 1]) / total
     return range(round(begin * n_documents), round(end * n_documents))
 
 
@@ -67,14 +66,8 @@ class SourceWindows:
         UserError: the stream has fewer than two tokens.
     """
 
-    def __init__(
-        self,
-        source: IndexedTokens,
-        seq_length: int,
-        *,
-        documents: range | None = None,
-        shuffle_key: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, source: IndexedTokens, seq_length: int, *, documents: range | None = None,
+                 shuffle_key: tuple[int, ...] | None = None) -> None:
         documents = range(source.n_documents) if documents is None else documents
         self.source = source
         # A view without memmap's bookkeeping on every slice.
@@ -82,14 +75,12 @@ class SourceWindows:
         self.seq_length = seq_length
         self._documents = documents
         self._shuffle_key = shuffle_key
-        self._first_token, end = (_tokens_before(source, document)
-                                  for document in (documents.start, documents.stop))
-        self.n_tokens = end - self._first_token
+        self._first_token = _tokens_before(source, documents.start)
+        self.n_tokens = _tokens_before(source, documents.stop) - self._first_token
         if self.n_tokens < 2:
             raise UserError(
                 f"{source.prefix}: {len(documents)} of its {source.n_documents} documents are in this part "
-                f"of --split, with {self.n_tokens} tokens; a source needs at least 2"
-            )
+                f"of --split, with {self.n_tokens} tokens; a source needs at least 2")
         self.windows_per_epoch = -(-(self.n_tokens - 1) // seq_length)
         self._document_starts: np.ndarray | None = None
         self._epochs: dict[int, _ShuffledDocuments] = {}
@@ -100,10 +91,10 @@ class SourceWindows:
         begin = window * self.seq_length
         end = min(begin + self.seq_length + 1, self.n_tokens)
         if self._shuffle_key is None:
-            stream = self._tokens[self._first_token + begin : self._first_token + end]
+            stream = self._tokens[self._first_token + begin:self._first_token + end]
         else:
             stream = self._tokens[self._shuffled(epoch).positions(begin, end)]
-        out[: end - begin] = stream
+        out[:end - begin] = stream
         return end - begin
 
     def _shuffled(self, epoch: int) -> _ShuffledDocuments:
@@ -111,21 +102,23 @@ class SourceWindows:
             if self._document_starts is None:
                 self._document_starts = _document_starts(self.source, self._documents)
             if epoch not in self._epochs:
-                self._epochs[epoch] = _ShuffledDocuments(self._document_starts, (*self._shuffle_key, epoch))
+                # One number more than the key of the epoch's windows, so that the two orders differ.
+                key = (*self._shuffle_key, epoch, 0)
+                self._epochs[epoch] = _ShuffledDocuments(self._document_starts, key)
             return self._epochs[epoch]
 
 
 def _tokens_before(source: IndexedTokens, document: int) -> int:
     if document == source.n_documents:
         return source.n_tokens
-    return int(source.sequence_lengths[: source.document_index[document]].sum(dtype=np.int64))
+    return int(source.sequence_lengths[:source.document_index[document]].sum(dtype=np.int64))
 
 
 def _document_starts(source: IndexedTokens, documents: range) -> np.ndarray:
     """First token of each document of the range, and of the one after it: int64 [len(documents) + 1]."""
     sequence_starts = np.zeros(len(source.sequence_lengths) + 1, dtype=np.int64)
-    np.cumsum(source.sequence_lengths, out=sequence_starts[1:])
-    return sequence_starts[source.document_index[documents.start : documents.stop + 1]]
+    np.cumsum(source.sequence_lengths, dtype=np.int64, out=sequence_starts[1:])
+    return sequence_starts[source.document_index[documents.start:documents.stop + 1]]
 
 
 class _ShuffledDocuments:
@@ -142,8 +135,7 @@ class _ShuffledDocuments:
         lengths_between_marks = [
             np.add.reduceat(lengths, np.arange(0, len(lengths), _DOCUMENTS_PER_MARK))
             for first in range(0, self._n_documents, _DOCUMENTS_AT_ONCE)
-            for _, lengths in [self._documents_at(first, first + _DOCUMENTS_AT_ONCE)]
-        ]
+            for _, lengths in [self._documents_at(first, first + _DOCUMENTS_AT_ONCE)]]
         self._marks = np.concatenate([[0], np.cumsum(np.concatenate(lengths_between_marks))])
 
     def _documents_at(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,8 +149,8 @@ class _ShuffledDocuments:
         """Where tokens begin..end of the shuffled stream lie in the source: int64 [end - begin]."""
         first_mark = int(np.searchsorted(self._marks, begin, side="right")) - 1
         last_mark = int(np.searchsorted(self._marks, end, side="left"))
-        first_tokens, lengths = self._documents_at(
-            first_mark * _DOCUMENTS_PER_MARK, last_mark * _DOCUMENTS_PER_MARK)
+        first_tokens, lengths = self._documents_at(first_mark * _DOCUMENTS_PER_MARK,
+                                                   last_mark * _DOCUMENTS_PER_MARK)
         ends = self._marks[first_mark] + np.cumsum(lengths)
         taken_from = np.maximum(begin, ends - lengths)
         taken = np.maximum(np.minimum(end, ends) - taken_from, 0)

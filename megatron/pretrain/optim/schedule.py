@@ -45,11 +45,12 @@ class LrSchedule:
         if not 0 <= self.min_lr <= self.max_lr < math.inf:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.max_lr}")
         if not 0 <= self.warmup_init_lr <= self.max_lr:
-            raise UserError(f"--lr-warmup-init {self.warmup_init_lr} must lie between 0 and --lr {self.max_lr}")
+            raise UserError(
+                f"--lr-warmup-init {self.warmup_init_lr} must lie between 0 and --lr {self.max_lr}")
         if not 0 <= self.warmup_samples < self.decay_samples:
             raise UserError(
-                f"--lr-warmup-iters: {self.warmup_samples} samples of warm-up must be 0 or more, and below the "
-                f"{self.decay_samples} samples of the schedule (--lr-decay-iters, or --train-iters)")
+                f"--lr-warmup-iters: {self.warmup_samples} samples of warm-up must be 0 or more, and below "
+                f"the {self.decay_samples} samples of the schedule (--lr-decay-iters, or --train-iters)")
         if self.style == "wsd":
             self._check_wsd()
 
@@ -58,13 +59,13 @@ class LrSchedule:
             raise UserError(f"--wsd_decay_ratio {self.wsd_decay_ratio}: must be above 0 and at most 1")
         if self.stable_samples < -2 or self.wsd_stable_samples > self.decay_samples:
             raise UserError(
-                f"--lr_stable_steps {self.stable_samples}: must be from 0 to the {self.decay_samples} samples of "
-                "the schedule, or -1 (from --wsd_decay_ratio), or -2 (no decay)")
+                f"--lr_stable_steps {self.stable_samples}: must be from 0 to the {self.decay_samples} "
+                "samples of the schedule, or -1 (from --wsd_decay_ratio), or -2 (no decay)")
         decaying = self.decay_samples - self.wsd_stable_samples
         if self.half_life_samples <= 0 or 0 < decaying <= self.half_life_samples:
             raise UserError(
-                f"--wsd_half_life {self.wsd_half_life_samples}: a half-life of {self.half_life_samples:g} samples "
-                f"must be above 0 and below the {decaying} samples of the decay; -1 takes half of them")
+                f"--wsd_half_life {self.wsd_half_life_samples}: a half-life of {self.half_life_samples:g} "
+                f"samples must be above 0 and below the {decaying} samples of the decay; -1 takes half")
 
     @property
     def wsd_stable_samples(self) -> int:
