@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import queue
 import random
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -102,6 +104,9 @@ def _parameters_at_rest(chunks: list[DistributedDataParallel]) -> Iterator[None]
 
 
 def _save_strategy() -> Any:
+    # The engine asks a process of its own, which takes seconds to start, to carry the writers' results over to
+    # another process. Here they are read where they are put.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
     return FullyParallelSaveStrategyWrapper(
         get_default_save_sharded_strategy("torch_dist", 1),
         parallel_state.get_data_parallel_group(with_context_parallel=True))
