@@ -125,13 +125,15 @@ def test_damaged_files_are_refused(damage, sentence: str, tmp_path: Path):
 
 
 def test_an_id_that_does_not_fit_is_an_error_and_leaves_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match="do not fit uint16"), IndexedWriter(tmp_path / "set", np.uint16) as writer:
+    writer = IndexedWriter(tmp_path / "set", np.uint16)
+    with pytest.raises(ValueError, match="do not fit uint16"), writer:
         writer.add_document(np.array([1, 65536]), [2])
     assert not list(tmp_path.iterdir())
 
 
 def test_lengths_that_do_not_fill_the_ids_are_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match="2 ids do not fill"), IndexedWriter(tmp_path / "set", np.uint16) as writer:
+    writer = IndexedWriter(tmp_path / "set", np.uint16)
+    with pytest.raises(ValueError, match="2 ids do not fill"), writer:
         writer.add_document(np.array([1, 2]), [1])
 
 

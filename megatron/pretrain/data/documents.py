@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import orjson
 
@@ -49,7 +49,7 @@ class BadDocument(Exception):
 
     def as_user_error(self) -> UserError:
         """The sentence for the user, with the line's number, from 1, and the byte's offset, from 0."""
-        with _opened(self.path) as file:
+        with _reading(self.path), open(self.path, "rb") as file:
             blocks = iter(lambda: file.read(min(1 << 20, self.fault_byte - file.tell())), b"")
             line = 1 + sum(block.count(b"\n") for block in blocks)
         return UserError(f"{self.path}, line {line} (byte offset {self.fault_byte}): {self.reason}")
@@ -57,18 +57,20 @@ class BadDocument(Exception):
 
 def open_source(path: str) -> Source:
     """Check that `path` is a file we can read. Raises UserError otherwise."""
-    with _opened(path) as file:
-        status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
+    with _reading(path):
+        status = os.stat(path)
+    # Asked before it is opened: to open a pipe that nobody writes to is to wait for ever.
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise UserError(f"--input {path}: is a pipe or a device; several processes read the input at once, "
                         "so it must be a regular file")
-    return Source(path, status.st_size)
+    with _reading(path), open(path, "rb"):
+        return Source(path, status.st_size)
 
 
 def cut_into_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
     """The file in order, in chunks of at least `chunk_bytes` (but the last) that end with a line's end."""
     start = 0
-    with _opened(source.path) as file:
+    with _reading(source.path), open(source.path, "rb") as file:
         while start < source.size_bytes:
             file.seek(start + chunk_bytes - 1)
             file.readline()
@@ -99,7 +101,7 @@ def read_texts(chunk: Chunk, keys: Sequence[str]) -> list[list[str]]:
 
 
 def _lines(chunk: Chunk) -> list[bytes]:
-    with _opened(chunk.path) as file:
+    with _reading(chunk.path), open(chunk.path, "rb") as file:
         file.seek(chunk.start_byte)
         lines = file.read(chunk.size_bytes).split(b"\n")
     if not lines[-1]:  # what follows the last newline is no line
@@ -130,8 +132,8 @@ def _text_of(document: Any, key: str) -> str:
 def _read_slowly(line: bytes, path: str, start: int) -> Any:
     """What the standard library makes of a line that orjson declines.
 
-    It accepts what Megatron-LM accepts and orjson does not (NaN, whole numbers of any size, deep nesting, a
-    lone surrogate in a field that is not read), and where it declines too it says at which character.
+    It accepts what Megatron-LM accepts and orjson does not (NaN, numbers beyond a double, a lone surrogate
+    in a field that is not read), and where it declines too it says at which character.
     """
     def bad(reason: str, at: int = 0) -> NoReturn:
         raise BadDocument(path, start + at, reason) from None
@@ -159,9 +161,8 @@ def _read_slowly(line: bytes, path: str, start: int) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def _reading(path: str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            yield file
+        yield
     except OSError as error:
         raise UserError(f"--input {path}: {error.strerror}; it must be a file of JSON lines") from None

@@ -65,15 +65,17 @@ class OrderedWorkers(Generic[Task, Result]):
 
 def _start(handle: Callable[[Any], Any]) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_serve, args=(handle, theirs), daemon=True)
+    process = multiprocessing.Process(target=_serve, args=(handle, theirs, ours), daemon=True)
     process.start()
     # With our copy closed the worker's end is the last, so that its death reads as an end of file.
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(handle: Callable[[Any], Any], pipe: Connection) -> None:
+def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connection) -> None:
     """The worker: answer tasks until the parent is gone."""
+    # A fork copies the parent's end too; while it is open here, the parent's death would go unnoticed.
+    parents_end.close()
     # Ctrl-C reaches the whole group, but ending the workers is the parent's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
