@@ -1,0 +1,200 @@
+"""`batch_convert_ckpt.sh`: a run's checkpoints, chosen by the tokens they have seen, to Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron.pretrain.data.flags import FlagParser, positive_number
+from megatron.pretrain.data.progress import ByteProgress
+from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.batch_config import BatchConfig, read_config, write_template
+from megatron.pretrain.export.choose import (
+    Choice, SavedIteration, billions, closest, find_saved, folder_names)
+
+if TYPE_CHECKING:
+    from megatron.pretrain.export.convert import Options, Plan
+
+DEFAULT_CONFIG = Path("neo/scripts/converter_cfg.yml")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion to be done: what, where to, and what for."""
+
+    source: Path
+    target: Path
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job."""
+
+    job: Job
+    said: str
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """The entry of neo/scripts/batch_convert_ckpt.py."""
+    flags = _parser().parse(argv)
+    if flags.generate_config:
+        write_template(flags.generate_config)
+        print(f"wrote {flags.generate_config}: fill it in, then run with --config {flags.generate_config}")
+        return None
+    jobs, bf16 = _single(flags), None
+    if not jobs:
+        config = read_config(flags.config)
+        flags.vocab_size = flags.vocab_size or config.vocab_size
+        flags.tokenizer_dir = flags.tokenizer_dir or config.tokenizer
+        bf16 = config.bf16
+        jobs = _chosen(config, flags.rename_hf_by_billions)
+    _print_results(_run(jobs, _options(flags, bf16), flags))
+    return None
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        prog="batch_convert_ckpt.sh",
+        description="Convert a run's checkpoints to folders that transformers, vLLM and lm-eval read. For each\n"
+        "number of tokens in the configuration the saved iteration closest to it is taken.",
+        epilog="examples:\n"
+        "  bash neo/scripts/batch_convert_ckpt.sh\n"
+        "  bash neo/scripts/batch_convert_ckpt.sh --config my_cfg.yml --rename-hf-by-billions --dry-run\n"
+        "  bash neo/scripts/batch_convert_ckpt.sh --megatron-dir RUN/checkpoint/iter_0002000 --hf-dir my-model")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE.yml",
+                        help=f"the configuration (default: {DEFAULT_CONFIG})")
+    parser.add_argument("--generate-config", type=Path, nargs="?", const=Path("converter_cfg.yml"),
+                        metavar="FILE.yml", help="write a configuration to start from, and stop")
+    parser.add_argument("--rename-hf-by-billions", action="store_true",
+                        help="call a folder 10.49B after the tokens seen, not iter_0002000")
+    parser.add_argument("--skip-existing", action="store_true",
+                        help="leave folders that exist as they are; without it they are an error")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
+                        help="largest .safetensors file, such as 500MB (default: 5GB)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
+                        help="type of the weights; over BF16 of the configuration")
+    parser.add_argument("--vocab-size", type=positive_number, metavar="N",
+                        help="rows of the vocabulary to keep; over VOCAB_SIZE (default: those that were trained)")
+    parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
+                        help="the tokenizer's file or folder; over TOKENIZER_DIR (default: where the run found it)")
+    single = parser.add_argument_group("one checkpoint, without a configuration")
+    single.add_argument("--megatron-dir", type=Path, metavar="DIR/iter_NNNNNNN", help="the checkpoint")
+    single.add_argument("--hf-dir", type=Path, metavar="DIR", help="the folder to make")
+    return parser
+
+
+def _single(flags: argparse.Namespace) -> list[Job]:
+    """The one job that --megatron-dir and --hf-dir name, if they do."""
+    if (flags.megatron_dir is None) != (flags.hf_dir is None):
+        raise UserError("--megatron-dir and --hf-dir belong together: from where, and to where")
+    if flags.megatron_dir is None:
+        return []
+    if flags.rename_hf_by_billions:
+        raise UserError("--rename-hf-by-billions: --hf-dir names the folder already; give one of the two")
+    return [Job(flags.megatron_dir, flags.hf_dir)]
+
+
+def _chosen(config: BatchConfig, by_billions: bool) -> list[Job]:
+    """One job for each iteration that is closest to a target, or to several."""
+    saved = find_saved(config.checkpoints, config.seq_len, config.global_batch_size, _warn)
+    wishes: dict[SavedIteration, list[Choice]] = {}
+    for wanted_tokens in config.keep_at_tokens:
+        choice = closest(wanted_tokens, saved)
+        wishes.setdefault(choice.saved, []).append(choice)
+        print(f"Closest checkpoint to {billions(wanted_tokens)} tokens: {choice.saved.folder}, corresponding "
+              f"tokens: {billions(choice.saved.tokens)}, diff: {billions(choice.off_by_tokens)}")
+    names = folder_names(list(wishes), by_billions, lambda name: _converted_iteration(config.targets / name))
+    return [Job(one.folder, config.targets / names[one], tuple(choices)) for one, choices in wishes.items()]
+
+
+def _options(flags: argparse.Namespace, bf16: bool | None) -> Options:
+    import torch
+
+    from megatron.pretrain.export.convert import Options
+    from megatron.pretrain.export.hf import parse_size_bytes
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    from_config = {None: None, True: torch.bfloat16, False: torch.float32}[bf16]
+    return Options(
+        vocab_size=flags.vocab_size, tokenizer_path=flags.tokenizer_dir,
+        dtype=dtypes[flags.dtype] if flags.dtype else from_config,
+        max_shard_bytes=parse_size_bytes(flags.max_shard_size))
+
+
+def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:
+    """Check all jobs before the first is done, so that a mistake shows before the work begins."""
+    from megatron.pretrain.export.convert import plan_conversion
+
+    plans: list[Plan | None] = []
+    for job in jobs:
+        if job.target.exists() and flags.skip_existing:
+            plans.append(None)
+            continue
+        if job.target.exists():
+            raise UserError(f"{job.target} exists: remove it, or let --skip-existing leave it as it is")
+        plans.append(plan_conversion(job.source, options))
+    return [Result(job, _outcome(job, plan, flags.dry_run)) for job, plan in zip(jobs, plans)]
+
+
+def _outcome(job: Job, plan: Plan | None, dry_run: bool) -> str:
+    """Convert, unless there is nothing to do, and say what was done."""
+    from megatron.pretrain.export.convert import run_conversion
+
+    if plan is None:
+        return "exists, skipped"
+    if dry_run:
+        return f"would be converted, {_size(plan.size_bytes)}"
+    started = time.monotonic()
+    with ByteProgress(f"{job.source.name} -> {job.target.name}", plan.size_bytes) as progress:
+        run_conversion(plan, job.target, progress.advance)
+    return f"converted, {_size(plan.size_bytes)} in {time.monotonic() - started:.1f} s"
+
+
+def _converted_iteration(target: Path) -> int | None:
+    """The iteration that an earlier conversion put into `target`; None if there is none."""
+    try:
+        return orjson.loads((target / "export.json").read_bytes())["iteration"]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def _print_results(results: Sequence[Result]) -> None:
+    """A row for each target; of several that one checkpoint serves, the first says what became of it."""
+    table = Table(box=box.SIMPLE, caption=f"folders are in {results[0].job.target.parent}")
+    for name in ("wanted", "tokens", "off by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("checkpoint", "folder"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("")
+    for result in results:
+        names, said = (result.job.source.name, result.job.target.name), result.said
+        for choice in result.job.choices or (None,):
+            table.add_row(*_tokens(choice), *names, said)
+            said = "the same"
+    Console(highlight=False, markup=False).print(table)
+
+
+def _tokens(choice: Choice | None) -> tuple[str, ...]:
+    if choice is None:
+        return "", "", ""
+    return billions(choice.wanted_tokens), billions(choice.saved.tokens), billions(choice.off_by_tokens)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.2f} MB"
+
+
+def _warn(note: str) -> None:
+    print(f"[WARN] {note}", file=sys.stderr)

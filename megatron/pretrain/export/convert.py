@@ -1,0 +1,157 @@
+"""One checkpoint to one Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.pretrain.checkpoint.manifest import Manifest, read_manifest
+from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.hf import (
+    SpecialIds, TensorSpec, generation_config, llama_config, write_json, write_safetensors)
+from megatron.pretrain.export.names import EMBEDDING, Rule, llama_rules
+from megatron.pretrain.export.reader import TorchDistCheckpoint
+from megatron.pretrain.export.shape import ModelShape, model_shape
+from megatron.pretrain.export.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
+
+MANIFEST_FILE = "export.json"
+
+_VOCABULARY = "VOCAB_SIZE (--vocab-size)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. None: as the checkpoint has it."""
+
+    vocab_size: int | None = None
+    tokenizer_path: Path | None = None
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that has been checked as far as it can be without reading the weights."""
+
+    checkpoint: TorchDistCheckpoint
+    manifest: Manifest
+    shape: ModelShape
+    rules: tuple[tuple[str, Rule], ...]
+    specs: tuple[TensorSpec, ...]
+    tokenizer: TokenizerSource | None
+    max_shard_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights to be written."""
+        return sum(spec.size_bytes for spec in self.specs)
+
+
+def plan_conversion(folder: Path, options: Options) -> Plan:
+    """Check one iteration's folder against its run.json, the tokenizer and `options`; reads no weights.
+
+    Raises UserError naming what is missing, damaged or contradictory.
+    """
+    checkpoint = TorchDistCheckpoint(folder)
+    manifest = read_manifest(folder)
+    tokenizer = find_tokenizer(manifest, options.tokenizer_path)
+    shape = model_shape(manifest, _vocabulary(manifest, options.vocab_size))
+    rules = tuple(_match(checkpoint, shape))
+    specs = tuple(
+        TensorSpec(hf_name, tuple(tensor.shape), options.dtype or tensor.dtype)
+        for name, rule in rules
+        for hf_name, tensor in _apply(rule, _on_meta(checkpoint, name), shape))
+    _check_rows(specs, shape)
+    checkpoint.check_files()
+    return Plan(checkpoint, manifest, shape, rules, specs, tokenizer, options.max_shard_bytes)
+
+
+def run_conversion(plan: Plan, target: Path, on_bytes: Callable[[int], None] = lambda size_bytes: None) -> None:
+    """Write `target`, which must not exist, whole or not at all; `on_bytes` hears of each tensor written."""
+    if target.exists():
+        raise UserError(f"{target} exists: remove it, or name another folder")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for size_bytes in write_safetensors(partial, plan.specs, _stream(plan), plan.max_shard_bytes):
+            on_bytes(size_bytes)
+        _write_descriptions(plan, partial)
+        partial.rename(target)
+    except OSError as problem:
+        raise UserError(f"{target} could not be written: {problem.strerror or problem}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _vocabulary(manifest: Manifest, wanted: int | None) -> int:
+    """Rows to keep: all that were trained, and none of the padding unless it is asked for."""
+    trained = manifest.tokenizer["vocab_size"]
+    if wanted is not None and wanted < trained:
+        raise UserError(f"{_VOCABULARY} is {wanted}, but the model was trained with {trained} ids: "
+                        f"give {trained} or leave it out, no trained row is dropped")
+    return trained if wanted is None else wanted
+
+
+def _check_rows(specs: Sequence[TensorSpec], shape: ModelShape) -> None:
+    saved = specs[0].shape[0]
+    if saved < shape.vocab_size:
+        raise UserError(f"{_VOCABULARY} is {shape.vocab_size}, but the checkpoint has only {saved} rows "
+                        "with its padding: leave it out, and those that were trained are kept")
+
+
+def _match(checkpoint: TorchDistCheckpoint, shape: ModelShape) -> Iterator[tuple[str, Rule]]:
+    """Pair every rule with the name its tensor was saved under; neither may be left over."""
+    folder, left_over = checkpoint.folder, dict.fromkeys(checkpoint.names())
+    for rule in llama_rules(shape):
+        name = next((name for name in rule.megatron if name in left_over), None)
+        if name is None:
+            raise UserError(f"{folder} has no {rule.megatron[0]}, but a model as run.json describes it "
+                            "does: the two do not belong together")
+        del left_over[name]
+        saved, expected = checkpoint.shape(name), rule.megatron_shape(shape)
+        if len(saved) != len(expected) or any(e not in (None, s) for s, e in zip(saved, expected)):
+            raise UserError(f"{folder}: {name} has shape {list(saved)}, but a model as run.json describes "
+                            f"it has {['any' if e is None else e for e in expected]}: "
+                            "the two do not belong together")
+        yield name, rule
+    if left_over:
+        raise UserError(f"{folder} has {next(iter(left_over))}, for which a Llama model as run.json describes "
+                        "it has no place: only such models can be converted")
+
+
+def _on_meta(checkpoint: TorchDistCheckpoint, name: str) -> Tensor:
+    return torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta")
+
+
+def _apply(rule: Rule, tensor: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    return zip(rule.hf, rule.to_hf(tensor, shape), strict=True)
+
+
+def _stream(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    for name, rule in plan.rules:
+        yield from _apply(rule, plan.checkpoint.read(name), plan.shape)
+
+
+def _write_descriptions(plan: Plan, folder: Path) -> None:
+    """Everything but the weights."""
+    manifest = plan.manifest
+    ids = SpecialIds(manifest.tokenizer["bos_id"], manifest.tokenizer["eos_id"], manifest.tokenizer["eod_id"])
+    write_json(folder / "config.json", llama_config(plan.shape, ids, plan.specs[0].dtype))
+    write_json(folder / "generation_config.json", generation_config(ids))
+    if plan.tokenizer is not None:
+        write_tokenizer(plan.tokenizer, folder, plan.shape.max_position_embeddings)
+    write_json(folder / MANIFEST_FILE, {
+        "format": 1,
+        "iteration": manifest.iteration,
+        "consumed_tokens": manifest.consumed_tokens,
+        "mixture_hash": manifest.mixture_hash,
+        "tokenizer_fingerprint": manifest.tokenizer["fingerprint"],
+        "vocab_size": plan.shape.vocab_size,
+        "dtype": str(plan.specs[0].dtype).removeprefix("torch."),
+    })

@@ -1,0 +1,159 @@
+"""The Hugging Face side: config.json, generation_config.json, and safetensors written as a stream."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import torch
+from torch import Tensor
+
+from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.shape import ModelShape
+
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_UNITS_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids that begin and end a text. `eod` ends a document in the training data; mostly it is `eos`."""
+
+    bos: int | None
+    eos: int | None
+    eod: int | None
+
+
+def llama_config(shape: ModelShape, ids: SpecialIds, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM.
+
+    The base of the rotary embedding and the type are there twice, as transformers 4 and 5 name them.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_theta": shape.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base},
+        "max_position_embeddings": shape.max_position_embeddings,
+        "initializer_range": shape.init_method_std,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "dtype": DTYPE_NAMES[dtype],
+        "use_cache": True,
+    }
+
+
+def generation_config(ids: SpecialIds) -> dict[str, Any]:
+    """generation_config.json: generation stops at the end of a text, and at the end of a document."""
+    ends = list(dict.fromkeys(end for end in (ids.eos, ids.eod) if end is not None))
+    return {"bos_token_id": ids.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def parse_size_bytes(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` or plain bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
+    unit = match and _UNITS_BYTES.get(match[2].upper())
+    size_bytes = int(float(match[1]) * unit) if unit else 0
+    if size_bytes < 1:
+        raise UserError(f"--max-shard-size {text!r} is no size: write one such as 5GB or 500MB")
+    return size_bytes
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as people read JSON."""
+    path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def write_safetensors(folder: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]],
+                      max_shard_bytes: int) -> Iterator[int]:
+    """Write `tensors`, which come in the order of `specs`, to shards in `folder`, with their index.
+
+    A shard's header states every offset, and `specs` knows them all beforehand: so each tensor goes to
+    the disk as it comes and no more than one is held in memory. Yields the bytes of each tensor written.
+    """
+    shards = _fill_shards(specs, max_shard_bytes)
+    file_names = _shard_names(len(shards))
+    stream = iter(tensors)
+    for file_name, shard in zip(file_names, shards):
+        with (folder / file_name).open("wb") as file:
+            file.write(_header(shard))
+            for spec in shard:
+                yield _write_tensor(file, spec, *next(stream))
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(spec.size_bytes for spec in specs)},
+            "weight_map": {spec.name: file_name
+                           for file_name, shard in zip(file_names, shards) for spec in shard}})
+
+
+def _fill_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    filled_bytes = 0
+    for spec in specs:
+        if shards[-1] and filled_bytes + spec.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(spec)
+        filled_bytes += spec.size_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _header(shard: Sequence[TensorSpec]) -> bytes:
+    """Length and JSON, padded so that the first tensor is aligned (github.com/huggingface/safetensors)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset_bytes = 0
+    for spec in shard:
+        end_bytes = offset_bytes + spec.size_bytes
+        entries[spec.name] = {"dtype": _SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape,
+                              "data_offsets": [offset_bytes, end_bytes]}
+        offset_bytes = end_bytes
+    text = orjson.dumps(entries)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: BinaryIO, spec: TensorSpec, name: str, tensor: Tensor) -> int:
+    tensor = tensor.to(spec.dtype)
+    if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
+        raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
+    return file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
