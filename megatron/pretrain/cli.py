@@ -15,14 +15,8 @@ from typing import Any
 import yaml
 
 from megatron.pretrain import megatron_flags
-from megatron.pretrain.config import (
-    CheckpointConfig, DataConfig, LayoutConfig, LogConfig, ModelConfig, OptimConfig, RunConfig,
-    TokenizerConfig, TrainConfig)
+from megatron.pretrain.config import SECTIONS, RunConfig
 from megatron.pretrain.errors import UserError
-
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig, "layout": LayoutConfig, "tokenizer": TokenizerConfig, "data": DataConfig,
-    "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig}
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
             "micro_batch_size", "train_iters", "lr")

@@ -218,3 +218,19 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as nested plain values, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig, "layout": LayoutConfig, "tokenizer": TokenizerConfig, "data": DataConfig,
+    "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig}
+
+
+def from_dict(saved: dict[str, Any]) -> RunConfig:
+    """The configuration that `as_dict` gave; entries that are no settings are left out."""
+    sections = {}
+    for name, kind in SECTIONS.items():
+        known = {field.name for field in dataclasses.fields(kind)}
+        values = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in saved[name].items() if key in known}
+        sections[name] = kind(**values)
+    return RunConfig(**sections)

@@ -56,10 +56,12 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
     return final
 
 
-def load_weights(folder: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Load the model's weights alone; the optimizer's master copies follow them."""
+def load_weights(folder: Path, chunks: list[DistributedDataParallel],
+                 optimizer: MegatronOptimizer | None = None) -> None:
+    """Load the model's weights alone; an optimizer's master copies follow them."""
     _load_model(folder, chunks, _load(folder, _model_content(chunks)))
-    optimizer.reload_model_params()
+    if optimizer is not None:
+        optimizer.reload_model_params()
 
 
 def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer,

@@ -1,0 +1,56 @@
+"""From one checkpoint, 20 fp32 steps in every layout give the losses of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+START_ITERATIONS, STEPS, TOLERANCE = 2, 20, 1e-5
+LENGTH = ("--train-iters", START_ITERATIONS + STEPS)
+
+LAYOUTS = {
+    "DP2": (),
+    "DP2, overlapped": ("--overlap-grad-reduce",),
+    "DP2, distributed optimizer": ("--use-distributed-optimizer",),
+    "DP2, distributed optimizer, overlapped": (
+        "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    "TP2": ("--tensor-model-parallel-size", 2),
+    "TP2, sequence parallel": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    "PP2": ("--pipeline-model-parallel-size", 2),
+    "PP2, interleaved, recomputed": (
+        "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1,
+        "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, train) -> Path:
+    """A checkpoint of one process, with moments in its optimizer."""
+    folder = tmp_path_factory.mktemp("start")
+    return train(folder, *LENGTH, "--exit-interval", START_ITERATIONS).checkpoints
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, train, start: Path) -> list[float]:
+    """The losses of one process."""
+    losses = train(tmp_path_factory.mktemp("alone"), *LENGTH, "--load", start).losses()
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.3, "it must learn, or equal losses would say little"
+    return losses
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_same_losses_as_one_process(layout, tmp_path: Path, train, start: Path, alone: list[float]) -> None:
+    losses = train(tmp_path, *LENGTH, "--load", start, *layout, processes=2).losses()
+    assert losses == pytest.approx(alone, abs=TOLERANCE)
+
+
+def test_tensor_parallel_checkpoint_resumes_in_a_pipeline(tmp_path: Path, train, start: Path,
+                                                          alone: list[float]) -> None:
+    first = train(tmp_path / "tp", *LENGTH, "--load", start, "--tensor-model-parallel-size", 2,
+                  "--exit-interval", 11, processes=2)
+    second = train(tmp_path / "pp", *LENGTH, "--load", first.checkpoints, "--pipeline-model-parallel-size", 2,
+                   "--use-distributed-optimizer", processes=2)
+    assert len(first.losses()) == 9
+    assert first.losses() + second.losses() == pytest.approx(alone, abs=TOLERANCE)
