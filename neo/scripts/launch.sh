@@ -169,7 +169,7 @@ choose_data() {
     else
         fail_unless_dry "DATA_PATH is not set and there is no $MIXTURE_ENV here; set it, or let" \
             "bash neo/scripts/gen_mixture_str.sh write that file"
-        DATA_SOURCE="none"
+        DATA_SOURCE="nowhere"
         return
     fi
     # The lines are data: each is matched against the names below, none is run.
@@ -403,8 +403,9 @@ describe_run() {
     say "DP_SIZE: $DP_SIZE, TP_SIZE: $TP_SIZE, PP_SIZE: $PP_SIZE"
     say "Global batch size: $GLOBAL_BATCH, micro batch size: $MICRO_BATCH, GRAD_ACC_STEPS: $GRAD_ACC_STEPS"
     say "TRAIN_ITERS: $TRAIN_ITERS, LR_WARMUP_ITERS: $LR_WARMUP_ITERS, SAVE_INTERVAL: $SAVE_INTERVAL"
-    say "DATA (from $DATA_SOURCE): ${DATA_FLAGS[*]-}"
+    say "DATA_PATH (from $DATA_SOURCE): ${DATA_FLAGS[*]-}"
     say "TOKENIZER_MODEL_PATH: $TOKENIZER_MODEL_PATH, ENABLE_SHUFFLE: $ENABLE_SHUFFLE"
+    say "JOB_NAME: $JOB_NAME, TASK_ID: $TASK_ID"
     say "CHECKPOINT_PATH: $CHECKPOINT_PATH, starts from $STARTS_FROM"
 }
 

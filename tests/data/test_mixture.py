@@ -56,7 +56,7 @@ def test_rounds_are_exact_where_floats_are_not(here: Path):
 
 def test_rounds_keep_the_order_of_the_file_and_paths_are_sorted_within_one(here: Path):
     write_datasets(a=40, b=30, c=20)
-    mixture = mixture_of("GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 5\n2_ROUND:\n  - c.bin\n  - b.bin\n0.5_ROUND: [a.bin]\n")
+    mixture = mixture_of("GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 5\n2_ROUND: [c.bin, b.bin]\n0.5_ROUND: [a.bin]\n")
     assert mixture.mixture_string == "60 b 40 c 20 a"
     assert mixture.train_iters == 12       # 120 / 10
 
@@ -70,8 +70,8 @@ def test_a_path_twice_counts_twice(here: Path):
 
 
 def test_counts_of_files_that_are_elsewhere(here: Path):
-    mixture = mixture_of("GLOBAL_BATCH_SIZE: 1024\nSEQ_LEN: 8192\n2.5_ROUND: [/far/x.bin]\n.5_ROUND: [y.bin]\n"
-                         "TOKEN_COUNTS:\n  /far/x.bin: 1.5B\n  y.bin: 300_000_000\n")
+    mixture = mixture_of("GLOBAL_BATCH_SIZE: 1024\nSEQ_LEN: 8192\n2.5_ROUND: [/far/x.bin]\n"
+                         ".5_ROUND: [y.bin]\nTOKEN_COUNTS:\n  /far/x.bin: 1.5B\n  y.bin: 300_000_000\n")
     assert mixture.mixture_string == "3750000000 /far/x 150000000 y"
     assert mixture.train_iters == 464      # 464 x 8,388,608 = 3,892,314,112 of 3,900,000,000
 
@@ -144,14 +144,15 @@ def test_gen_mixture_str_takes_another_file_and_another_place(here, repository):
     assert sorted(path.name for path in Path("run").iterdir()) == ["m.blend", "m.env"]
 
 
+HEAD = b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n"
 BAD = {
     "empty file": (b"", "mixture.yml: must be 'KEY: value' lines"),
     "bad YAML": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: [8\n", "mixture.yml, line 3: not valid YAML"),
     "not UTF-8": (b"SEQ_LEN: \xff\n", "mixture.yml: not valid YAML"),
-    "no rounds": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n", "mixture.yml: no rounds; list .bin paths"),
-    "empty list": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND:\n",
+    "no rounds": (HEAD, "mixture.yml: no rounds; list .bin paths"),
+    "empty list": (HEAD + b"1_ROUND:\n",
                    "mixture.yml, line 3: 1_ROUND must be a list of one .bin path or more"),
-    "empty path": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND:\n  -\n",
+    "empty path": (HEAD + b"1_ROUND:\n  -\n",
                    "mixture.yml, line 4: a path of 1_ROUND must be one plain value"),
     "batch missing": (b"SEQ_LEN: 8\n1_ROUND: [a.bin]\n", "mixture.yml: GLOBAL_BATCH_SIZE is missing"),
     "length missing": (b"GLOBAL_BATCH_SIZE: 2\n1_ROUND: [a.bin]\n", "mixture.yml: SEQ_LEN is missing"),
@@ -159,30 +160,34 @@ BAD = {
                          "mixture.yml, line 2: SEQ_LEN is '8.5', it must be a whole number above 0"),
     "batch zero": (b"GLOBAL_BATCH_SIZE: 0\nSEQ_LEN: 8\n1_ROUND: [a.bin]\n",
                    "mixture.yml, line 1: GLOBAL_BATCH_SIZE is '0'"),
-    "negative round": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n-1_ROUND: [a.bin]\n",
+    "negative round": (HEAD + b"-1_ROUND: [a.bin]\n",
                        "mixture.yml, line 3: -1_ROUND: rounds must be above 0"),
-    "round of no number": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\ntwo_ROUND: [a.bin]\n",
+    "round of no number": (HEAD + b"two_ROUND: [a.bin]\n",
                            "mixture.yml, line 3: two_ROUND: 'two' is not a number of rounds"),
-    "infinite round": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\ninf_ROUND: [a.bin]\n", "line 3: inf_ROUND"),
+    "infinite round": (HEAD + b"inf_ROUND: [a.bin]\n",
+                       "mixture.yml, line 3: inf_ROUND: 'inf' is not a number"),
     "unknown key": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LENGTH: 8\n1_ROUND: [a.bin]\n",
                     "mixture.yml, line 2: unknown key SEQ_LENGTH; the nearest known one is SEQ_LEN"),
-    "misspelt round": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1.0_round: [a.bin]\n",
+    "misspelt round": (HEAD + b"1.0_round: [a.bin]\n",
                        "mixture.yml, line 3: unknown key 1.0_round; the nearest known one is 1.0_ROUND"),
-    "key twice": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [a.bin]\n1_ROUND: [b.bin]\n",
+    "key twice": (HEAD + b"1_ROUND: [a.bin]\n1_ROUND: [b.bin]\n",
                   "mixture.yml, line 4: 1_ROUND stands twice, first at mixture.yml, line 3"),
-    "unknown path": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND:\n  - a.bin\n  - typo.bin\n",
+    "unknown path": (HEAD + b"1_ROUND:\n  - a.bin\n  - typo.bin\n",
                      "mixture.yml, line 5: typo.idx does not exist"),
-    "path without .bin": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [a]\n", "line 3: 'a' must be a path that"),
-    "path with a space": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [my a.bin]\n", "line 3: 'my a.bin' has"),
+    "path without .bin": (HEAD + b"1_ROUND: [a]\n",
+                          "mixture.yml, line 3: 'a' must be a path that ends in .bin"),
+    "path with a space": (HEAD + b"1_ROUND: [my a.bin]\n",
+                          "mixture.yml, line 3: 'my a.bin' has a space in it"),
     "too few tokens": (b"GLOBAL_BATCH_SIZE: 6\nSEQ_LEN: 8\n1_ROUND: [a.bin]\n",
-                       "mixture.yml: 40 tokens are less than one iteration of GLOBAL_BATCH_SIZE 6 x SEQ_LEN 8 "
-                       "= 48; lower GLOBAL_BATCH_SIZE to 5 or less, or add data"),
-    "less than a token": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n0.01_ROUND: [a.bin]\n", "are less than one token"),
-    "count of no number": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [x.bin]\nTOKEN_COUNTS:\n  x.bin: many\n",
+                       "mixture.yml: 40 tokens are less than one iteration of GLOBAL_BATCH_SIZE 6 x SEQ_LEN "
+                       "8 = 48; lower GLOBAL_BATCH_SIZE to 5 or less, or add data"),
+    "less than a token": (HEAD + b"0.01_ROUND: [a.bin]\n",
+                          "0.01 rounds of 40 tokens are less than one token"),
+    "count of no number": (HEAD + b"1_ROUND: [x.bin]\nTOKEN_COUNTS:\n  x.bin: many\n",
                            "mixture.yml, line 5: 'many' is not a number of tokens"),
-    "count of half a token": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [x.bin]\nTOKEN_COUNTS: {x.bin: 1.5}\n",
+    "count of half a token": (HEAD + b"1_ROUND: [x.bin]\nTOKEN_COUNTS: {x.bin: 1.5}\n",
                               "mixture.yml, line 4: '1.5' is not a number of tokens"),
-    "truncated index": (b"GLOBAL_BATCH_SIZE: 2\nSEQ_LEN: 8\n1_ROUND: [cut.bin]\n", "cut.idx"),
+    "truncated index": (HEAD + b"1_ROUND: [cut.bin]\n", "cut.idx"),
 }
 
 
