@@ -24,7 +24,7 @@ def permute(positions: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
 
     A generalised Feistel cipher over Z_a x Z_b with a * b >= n, both near sqrt(n), and cycle walking
     for the fewer than a values at or beyond n (J. Black, P. Rogaway, "Ciphers with Arbitrary Finite
-    Domains", CT-RSA 2002, sections 3 and 4). The round function is the finaliser of splitmix64
+    Domains", CT-RSA 2002). The round function is the finaliser of splitmix64
     (G. Steele, D. Lea, C. Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) on
     the other half plus a round key; eight rounds. Not a secure cipher, and it need not be.
 
