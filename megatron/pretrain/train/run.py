@@ -68,12 +68,14 @@ def assemble(config: RunConfig, place: Place) -> Run:
     blended = blend_of(config.data)
     dataset = _open(config, blended, tokenizer, "train")
     dataset.check_holds(config.train.train_iters * config.train.global_batch_size)
+    valid_dataset = _open(config, blended, tokenizer, "valid") if config.train.eval_iters else None
+    if valid_dataset is not None:
+        valid_dataset.check_holds(config.train.eval_iters * config.train.global_batch_size, "--eval-iters")
     chunks = build_model(config, padded_vocabulary(config, tokenizer.vocab_size), place.device)
     optimizer = build_optimizer(config, chunks)
     connect(chunks, optimizer)
     run = Run(
-        config=config, place=place, tokenizer=tokenizer, dataset=dataset,
-        valid_dataset=_open(config, blended, tokenizer, "valid") if config.train.eval_iters else None,
+        config=config, place=place, tokenizer=tokenizer, dataset=dataset, valid_dataset=valid_dataset,
         batches=BatchSchedule(
             global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
             data_parallel_size=place.data_parallel_size, data_parallel_rank=place.data_parallel_rank),

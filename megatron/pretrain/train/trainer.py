@@ -24,7 +24,7 @@ def train(run: Run, reporter: Reporter) -> None:
     """Train from where `run.state` stands until --train-iters, --exit-interval or a request to stop."""
     config, state = run.config.train, run.state
     with Loader(run.dataset, run.batches, consumed_samples=state.consumed_samples,
-                num_workers=run.config.data.num_workers) as loader, \
+                stop_samples=total_samples(run), num_workers=run.config.data.num_workers) as loader, \
             StopRequests(config.exit_duration_in_mins) as stop:
         reporter.start(state)
         while state.iteration < config.train_iters:
@@ -41,6 +41,12 @@ def train(run: Run, reporter: Reporter) -> None:
             if leaving:
                 logger.info("leaving at iteration %d of %d", state.iteration, config.train_iters)
                 break
+
+
+def total_samples(run: Run) -> int:
+    """Consumed samples at the run's end; a run resumed with another global batch ends off its multiples."""
+    left = run.config.train.train_iters - run.state.iteration
+    return run.state.consumed_samples + left * run.config.train.global_batch_size
 
 
 def train_step(run: Run, loader: Loader, learning_rate: float) -> tuple[float, StepOutcome]:
