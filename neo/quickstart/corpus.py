@@ -119,7 +119,8 @@ def write_lines(path: Path, documents: Iterable[Document]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write into")
     parser.add_argument("--megabytes", type=float, default=float("inf"), metavar="N",
                         help="about so much source for training, of whole modules (default: all there is)")

@@ -49,7 +49,7 @@ def windows_of(tokens: np.ndarray, seq_length: int) -> np.ndarray:
 
 
 def model_losses(model_folder: Path, windows: np.ndarray) -> Iterator[np.ndarray]:
-    """Cross entropy in nats of every predicted token, a (batch, seq_length) array for each batch of windows."""
+    """Cross entropy in nats of every predicted token: (batch, seq_length), a batch of windows at a time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ def model_losses(model_folder: Path, windows: np.ndarray) -> Iterator[np.ndarray
 
 def compare(model_folder: Path, windows: np.ndarray, eod_id: int, streams: Sequence[Stream],
             vocab_size: int) -> dict[str, float]:
-    """Mean cross entropy in nats of the model, the bigram model and a guess, and how many tokens it is over."""
+    """Mean cross entropy in nats of the model, the bigram model and a guess, and over how many tokens."""
     previous, following = windows[:, :-1], windows[:, 1:]
     counted = previous != eod_id
     losses = np.concatenate(list(model_losses(model_folder, windows)))
@@ -85,7 +85,8 @@ def print_table(figures: dict[str, float]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="converted model")
     parser.add_argument("--documents", type=Path, required=True, metavar="FILE", help="held-out JSON lines")
     parser.add_argument("--mixture", type=Path, required=True, metavar="YML", help="what the run trained on")

@@ -15,7 +15,7 @@ from megatron.pretrain.errors import entry
 
 
 def continuation(model_folder: Path, prompt: str, new_tokens: int) -> tuple[list[int], list[int], str]:
-    """Ids of the prompt, ids of the `new_tokens` most likely tokens one after another, and all of it as text."""
+    """Ids of the prompt, ids of the `new_tokens` most likely tokens after it, and all of it as text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,8 @@ def continuation(model_folder: Path, prompt: str, new_tokens: int) -> tuple[list
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="converted model")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
