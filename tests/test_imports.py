@@ -14,15 +14,16 @@ PACKAGE = "megatron.pretrain"
 # From the ground floor up: a room imports from its own floor and from those below it.
 FLOORS = (
     {"errors"},
-    {"config", "checks", "tokenizer"},
-    {"cli", "megatron_flags", "device", "layout"},
+    {"config", "megatron_flags", "tokenizer"},
+    {"device", "layout"},
     {"data", "model", "optim"},
-    {"checkpoint", "health", "log", "export", "train.state", "train.step"},
+    {"checks", "cli", "checkpoint", "health", "log", "export", "plan", "train.state", "train.step"},
     {"train"},
+    {"main"},
 )
 
-LIGHT_MODULES = ("errors", "config", "cli", "tokenizer", "data.indexed", "data.preprocess", "data.mixture",
-                 "model.flops", "optim.schedule")
+LIGHT_MODULES = ("errors", "config", "checks", "cli", "plan", "tokenizer", "data.indexed", "data.preprocess",
+                 "data.mixture", "model.flops", "optim.schedule")
 
 
 def module_files() -> dict[str, Path]:

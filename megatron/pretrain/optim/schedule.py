@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
 
 STYLES = ("cosine", "linear", "constant", "wsd")
@@ -103,3 +104,14 @@ class LrSchedule:
         if past_stable <= 0:
             return self.max_lr
         return max(self.min_lr, self.max_lr * 0.5 ** (past_stable / self.half_life_samples))
+
+
+def schedule_of(config: RunConfig) -> LrSchedule:
+    """The schedule that a run's settings define. Raises UserError where they define none."""
+    optim, samples = config.optim, config.train.global_batch_size
+    return LrSchedule(
+        style=optim.lr_decay_style, max_lr=optim.lr, min_lr=optim.min_lr, warmup_init_lr=optim.lr_warmup_init,
+        warmup_samples=optim.lr_warmup_iters * samples,
+        decay_samples=(optim.lr_decay_iters or config.train.train_iters) * samples,
+        wsd_decay_ratio=optim.wsd_decay_ratio, wsd_half_life_samples=optim.wsd_half_life,
+        stable_samples=optim.lr_stable_steps)

@@ -21,7 +21,7 @@ from megatron.pretrain.layout import Place
 from megatron.pretrain.model.build import build_model
 from megatron.pretrain.model.flops import padded_vocab_size
 from megatron.pretrain.optim.optimizer import build_optimizer
-from megatron.pretrain.optim.schedule import LrSchedule
+from megatron.pretrain.optim.schedule import LrSchedule, schedule_of
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
 from megatron.pretrain.train.state import TrainState
 from megatron.pretrain.train.step import Chunks, connect
@@ -79,7 +79,7 @@ def assemble(config: RunConfig, place: Place) -> Run:
         batches=BatchSchedule(
             global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
             data_parallel_size=place.data_parallel_size, data_parallel_rank=place.data_parallel_rank),
-        chunks=chunks, optimizer=optimizer, schedule=lr_schedule(config), state=TrainState())
+        chunks=chunks, optimizer=optimizer, schedule=schedule_of(config), state=TrainState())
     if config.checkpoint.load is not None:
         _restore(run, manifests.find_checkpoint(config.checkpoint.load))
     return run
@@ -96,17 +96,6 @@ def blend_of(data: DataConfig) -> list[Blended]:
         return parse_blend(path.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(f"--data-args-path {path}: {error.strerror}") from None
-
-
-def lr_schedule(config: RunConfig) -> LrSchedule:
-    """The learning rate as a function of consumed samples."""
-    optim, samples = config.optim, config.train.global_batch_size
-    return LrSchedule(
-        style=optim.lr_decay_style, max_lr=optim.lr, min_lr=optim.min_lr, warmup_init_lr=optim.lr_warmup_init,
-        warmup_samples=optim.lr_warmup_iters * samples,
-        decay_samples=(optim.lr_decay_iters or config.train.train_iters) * samples,
-        wsd_decay_ratio=optim.wsd_decay_ratio, wsd_half_life_samples=optim.wsd_half_life,
-        stable_samples=optim.lr_stable_steps)
 
 
 def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
