@@ -455,3 +455,25 @@ def test_the_originals_script_path_still_works(run_tool):
     ours, originals = run_tool("pretrain_gpt.py", "--help"), run_tool("neo/pretrain_gpt_neo.py", "--help")
     assert ours.returncode == originals.returncode == 0, originals.stderr
     assert originals.stdout == ours.stdout
+
+
+# --- a real run --------------------------------------------------------------------------------------
+
+
+def test_a_small_shape_trains_stops_resumes_and_decays(launch, here, tiny_dataset):
+    small = {"PY_SCRIPT_PATH": "", "DATA_PATH": tiny_dataset, "NUM_LAYERS": 2, "HIDDEN_SIZE": 32,
+             "FFN_HIDDEN_SIZE": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "SEQ_LEN": 32, "SAVE_INTERVAL": 100}
+    first = launch("pretrain_2b", **small, OUTPUT_HOME="first", TRAIN_ITERS=4, EXIT_ITERS=2)
+    assert first.returncode == 0, first.stderr
+    assert (here / "first/checkpoint/latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    resumed = launch("pretrain_2b", **small, OUTPUT_HOME="first", TRAIN_ITERS=4)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "iteration        3/" in resumed.stdout and "iteration        2/" not in resumed.stdout
+    assert (here / "first/checkpoint/iter_0000004/run.json").is_file()
+
+    decay = launch("pretrain_7b_phase2", **small, OUTPUT_HOME="second", TRAIN_ITERS=4, TP_SIZE=1,
+                   LOAD_CHECKPOINT_PATH="first/checkpoint")
+    assert decay.returncode == 0, decay.stderr
+    run = json.loads((here / "second/checkpoint/iter_0000004/run.json").read_text())
+    assert run["config"]["optim"]["lr_decay_style"] == "wsd"
+    assert run["config"]["model"]["num_layers"] == 2 and run["iteration"] == 4
