@@ -236,7 +236,10 @@ def test_refuses_a_vocabulary_the_text_cannot_give_and_names_one_it_can(refused,
 
 
 def test_refuses_flags_that_do_not_fit(refused, text, tmp_path):
-    assert "--output-prefix" in refused("--input", text, "--output-prefix", tmp_path / "no-folder" / "tok")
+    assert "there is no folder" in refused("--input", text, "--output-prefix", tmp_path / "no-folder" / "tok")
+    (tmp_path / "taken.model").mkdir()
+    assert "taken.model: Is a directory" in refused("--input", text, "--vocab-size", "400",
+                                                    "--output-prefix", tmp_path / "taken")
     assert "--vocab-size" in refused("--input", text, "--vocab-size", "0")
     assert "--character-coverage" in refused("--input", text, "--character-coverage", "2")
     assert "--compare: needs --held-out" in refused("--input", text, "--compare", text)

@@ -87,10 +87,14 @@ def read_model(path: str) -> bytes:
 
 
 def write_model(model: bytes, path: Path) -> None:
-    """Write the model's file whole or not at all."""
+    """Write the model's file whole or not at all. Raises UserError where there is no writing."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(model)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(model)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"--output-prefix: cannot write {path}: {error.strerror}") from None
 
 
 def bytes_per_token(model: bytes, texts: Iterable[str]) -> float:
