@@ -213,8 +213,10 @@ def test_a_place_that_cannot_be_written_to_leaves_nothing(here: Path):
     mixture = mixture_of(GOOD)
     with pytest.raises(UserError, match="gone/m.blend.*nothing was written"):
         write_mixture_env(mixture, "gone/m.env")
-    with pytest.raises(UserError, match="the blend file's name"):
+    with pytest.raises(UserError, match="m.blend: this is the blend file's name"):
         write_mixture_env(mixture, "m.blend")
+    with pytest.raises(UserError, match="this is a folder"):
+        write_mixture_env(mixture, here)
     assert sorted(path.name for path in here.iterdir()) == ["a.bin", "a.idx", "mixture.yml"]
 
 

@@ -287,8 +287,9 @@ def write_mixture_env(mixture: Mixture, env_path: str | Path) -> None:
     lines = ["# Made by gen_mixture_str.sh. The launchers read it as data; no shell ever runs it."]
     lines += [f"{key}={value}" for key, value in zip(ENV_KEYS, values, strict=True)]
     path = Path(env_path)
-    if blend_file(path) == path:
-        raise UserError(f"{path}: this is the blend file's name; name the environment file mixture.env or so")
+    if blend_file(path) == path or path.is_dir():
+        taken = "a folder" if path.is_dir() else "the blend file's name"
+        raise UserError(f"{path}: this is {taken}; the environment file must be named mixture.env or so")
     _write_all({blend_file(path): mixture.mixture_string + "\n", path: "\n".join(lines) + "\n"})
 
 
