@@ -80,7 +80,8 @@ def _check_ranges(config: RunConfig) -> None:
         for section, names in sections.items():
             for name in names:
                 value = getattr(getattr(config, section), name)
-                _require(value is None or holds(value), f"--{name.replace('_', '-')} {value}: must be {wanted}")
+                _require(value is None or holds(value),
+                         f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
 def _check_batch(config: RunConfig, dp: int) -> None:
@@ -106,22 +107,26 @@ def _check_model(config: RunConfig) -> None:
     _require(heads % tp == 0,
              f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size {tp}")
     _require(groups % tp == 0 or tp % groups == 0,
-             f"--num-query-groups {groups} neither divides --tensor-model-parallel-size {tp} nor is a multiple "
-             "of it")
+             f"--num-query-groups {groups} neither divides --tensor-model-parallel-size {tp} nor is a "
+             "multiple of it")
     _require(model.ffn_hidden_size % tp == 0,
-             f"--ffn-hidden-size {model.ffn_hidden_size} is not a multiple of --tensor-model-parallel-size {tp}")
-    _require(model.head_dim % 2 == 0, f"--kv-channels {model.head_dim}: rotary embedding needs an even number")
+             f"--ffn-hidden-size {model.ffn_hidden_size} is not a multiple of --tensor-model-parallel-size "
+             f"{tp}")
+    _require(model.head_dim % 2 == 0,
+             f"--kv-channels {model.head_dim}: rotary embedding needs an even number")
 
 
 def _check_pipeline(config: RunConfig) -> None:
     layers, pp = config.model.num_layers, config.layout.pipeline_model_parallel_size
     chunk = config.layout.num_layers_per_virtual_pipeline_stage
-    _require(layers % pp == 0, f"--num-layers {layers} is not a multiple of --pipeline-model-parallel-size {pp}")
+    _require(layers % pp == 0,
+             f"--num-layers {layers} is not a multiple of --pipeline-model-parallel-size {pp}")
     if chunk is not None:
-        _require(pp > 1, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
+        _require(pp > 1,
+                 "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
         _require((layers // pp) % chunk == 0 and layers // pp > chunk,
-                 f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers // pp} layers of a "
-                 "stage, and be less")
+                 f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers // pp} layers of "
+                 "a stage, and be less")
 
 
 def _check_sequence(config: RunConfig) -> None:
@@ -153,7 +158,8 @@ def _check_recompute(config: RunConfig) -> None:
              "--recompute-method and --recompute-num-layers go with --recompute-granularity full, "
              "and it needs both")
     _require(not (full and train.recompute_activations),
-             "--recompute-activations means --recompute-granularity selective, and full is given: leave one out")
+             "--recompute-activations means --recompute-granularity selective, and full is given: leave one "
+             "out")
     held = layout.num_layers_per_virtual_pipeline_stage or (
         config.model.num_layers // layout.pipeline_model_parallel_size)
     # The engine walks on in steps of a unit, past the last layer where they do not fit.

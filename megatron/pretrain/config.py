@@ -29,7 +29,8 @@ class ModelConfig:
     num_query_groups: int | None = setting(
         None, "Key/value heads; with --group-query-attention. Otherwise one for each query head.")
     kv_channels: int | None = setting(None, "Head dimension; hidden size / heads unless given.")
-    max_position_embeddings: int = setting(None, "Longest context the model declares.")
+    max_position_embeddings: int = setting(
+        None, "Longest context the model declares; --seq-length unless given.")
     norm_epsilon: float = setting(1e-5, "Epsilon of RMSNorm.")
     rotary_base: float = setting(10000.0, "Base of the rotary position embedding.")
     untie_embeddings_and_output_weights: bool = setting(
