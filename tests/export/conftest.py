@@ -1,0 +1,57 @@
+"""Checkpoints to convert: real ones, saved by the engine, and quick ones, written by torch alone."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+SINGLE = ("mha", "gqa", "mqa", "head_dim", "tied", "bf16", "legacy")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}    # small matrices gain nothing from more
+
+
+@pytest.fixture(scope="session")
+def trained_models(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
+    """NAME/iter_0000100 and NAME/expected.pt for every model of save_models.py that fits one process."""
+    output = tmp_path_factory.mktemp("trained")
+    outcome = run_tool(repository / "tests/export/save_models.py", output, tiny_tokenizer, *SINGLE, env=ONE_THREAD)
+    assert outcome.returncode == 0, outcome.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def trained_tp2_pp2(trained_models, tiny_tokenizer, run_tool, repository) -> Path:
+    """The model `head_dim` as four ranks save it: tensor-parallel 2, pipeline-parallel 2."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    outcome = run_tool(
+        "-m", "torch.distributed.run", "--nproc_per_node", 4, "--master_addr", "127.0.0.1", "--master_port", port,
+        repository / "tests/export/save_models.py", trained_models, tiny_tokenizer, "tp2_pp2",
+        env=ONE_THREAD)
+    assert outcome.returncode == 0, outcome.stderr
+    return trained_models / "tp2_pp2/iter_0000100"
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
+    """A checkpoint that torch alone wrote, with stacked layers. Not to be changed."""
+    output = tmp_path_factory.mktemp("written")
+    outcome = run_tool(repository / "tests/export/write_checkpoint.py", output, tiny_tokenizer, 100)
+    assert outcome.returncode == 0, outcome.stderr
+    return output / "iter_0000100"
+
+
+@pytest.fixture
+def damaged(written, tmp_path) -> Path:
+    """A copy of `written` to be damaged; its run.json no longer lists file sizes, so that the reader itself
+    must find what is wrong."""
+    import json
+
+    folder = tmp_path / "iter_0000100"
+    shutil.copytree(written, folder)
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**content, "file_bytes": {}}))
+    return folder
