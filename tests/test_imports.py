@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def imported_names(path: Path, module: str | None = None) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def rooms_used(path: Path, module: str | None = None) -> set[str]:
+@cache
+def rooms_used(path: Path, module: str | None = None) -> frozenset[str]:
     """The modules of the package that a file imports, by their names below it."""
     used = set()
     for name in imported_names(path, module):
@@ -67,13 +69,13 @@ def rooms_used(path: Path, module: str | None = None) -> set[str]:
         while below and below not in MODULES:
             below = below.rpartition(".")[0]
         used.add(below)
-    return used - {""}
+    return frozenset(used - {""})
 
 
 def reached(path: Path, module: str | None = None) -> set[str]:
     """The modules that a file imports, and those that they import, and so on."""
     seen: set[str] = set()
-    waiting = rooms_used(path, module)
+    waiting = set(rooms_used(path, module))
     while waiting:
         name = waiting.pop()
         seen.add(name)

@@ -179,7 +179,9 @@ set_for_launchers() {
     export LOG_INTERVAL=10 SAVE_INTERVAL=100000 GPUS_PER_NODE=2
     # Two ranks, but a GPU takes no more than one.
     [[ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)" != 1 ]] || GPUS_PER_NODE=1
-    export MICRO_BATCH="$((GLOBAL_BATCH_SIZE / GPUS_PER_NODE))"
+    # So that a run that goes on beside this one is not met by accident.
+    MASTER_PORT="$("$PYTHON" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')"
+    export MASTER_PORT MICRO_BATCH="$((GLOBAL_BATCH_SIZE / GPUS_PER_NODE))"
 }
 
 # Empties an earlier quickstart's folder, unless told to keep it; another folder's files are left alone.
