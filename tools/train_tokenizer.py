@@ -59,8 +59,7 @@ def main(argv: Sequence[str]) -> None:
     texts = chain.from_iterable(documents(path, options.json_key) for path in inputs)
     settings = TrainingSettings(
         vocab_size=options.vocab_size, character_coverage=options.character_coverage,
-        max_sentence_bytes=options.max_sentence_bytes, sample_sentences=options.sample_sentences,
-        threads=options.threads)
+        max_sentence_bytes=options.max_sentence_bytes, sample_sentences=options.sample_sentences)
     model = train(sentences(texts, options.max_sentence_bytes), settings)
     write_model(model, model_path)
     _print_measures({str(model_path): model, **compared}, held_out, options.json_key)
@@ -86,8 +85,6 @@ def _parse(argv: Sequence[str]) -> Namespace:
                         help="a longer line is learnt from in parts (default: %(default)s)")
     parser.add_argument("--sample-sentences", type=positive_number, default=0, metavar="N",
                         help="learn from N lines drawn from all (default: every line)")
-    parser.add_argument("--threads", type=positive_number, default=os.cpu_count() or 1, metavar="N",
-                        help="(default: the cores, %(default)s)")
     parser.add_argument("--held-out", nargs="+", action="extend", default=[], metavar="FILE",
                         help="texts to measure on: bytes of UTF-8 a token stands for")
     parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="MODEL",

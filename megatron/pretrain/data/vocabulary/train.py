@@ -24,7 +24,6 @@ class TrainingSettings:
     max_sentence_bytes: int = 64000
     sample_sentences: int = 0
     """Learn from this many sentences drawn from all; 0 takes every one."""
-    threads: int = 1
 
 
 def train(sentences: Iterable[str], settings: TrainingSettings) -> bytes:
@@ -47,6 +46,8 @@ def train(sentences: Iterable[str], settings: TrainingSettings) -> bytes:
         if not spool.tell():
             raise UserError("--input: holds no text; a tokenizer is learnt from at least one line of it")
         spool.seek(0)
+        # The model records the number of threads: one gives the same bytes, and so the same fingerprint, on
+        # every machine, and more would hardly be faster.
         try:
             SentencePieceTrainer.train(
                 sentence_iterator=(line[:-1] for line in spool), model_writer=model, model_type="bpe",
@@ -54,7 +55,7 @@ def train(sentences: Iterable[str], settings: TrainingSettings) -> bytes:
                 max_sentence_length=settings.max_sentence_bytes, byte_fallback=True, split_digits=True,
                 normalization_rule_name="identity", remove_extra_whitespaces=False,
                 unk_id=0, bos_id=1, eos_id=2, pad_id=-1, input_sentence_size=settings.sample_sentences,
-                shuffle_input_sentence=True, num_threads=settings.threads, minloglevel=2)
+                shuffle_input_sentence=True, num_threads=1, minloglevel=2)
         except RuntimeError as error:
             raise _refusal(str(error), settings.vocab_size) from None
     return model.getvalue()
