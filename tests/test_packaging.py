@@ -153,6 +153,6 @@ def test_a_tool_without_the_install_says_how_to_install(tool: Path, tmp_path: Pa
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     outcome = subprocess.run([python, tool, "--help"], cwd=tmp_path, env=environment, text=True,
                              capture_output=True)
-    assert outcome.returncode == 2
+    assert outcome.returncode != 0
     assert "pip install -e ." in outcome.stderr
     assert "Traceback" not in outcome.stderr
