@@ -87,9 +87,10 @@ def test_world_size_of_the_environment_must_be_a_number(world_size: str, run_too
                            "processes\n")
 
 
-def test_only_rank_0_tells_what_is_wrong_with_the_flags(run_tool):
-    said = [run_tool("pretrain_gpt.py", "--num-layer", "2", env={"WORLD_SIZE": "2", "RANK": rank})
-            for rank in ("0", "1")]
+def test_one_process_of_a_machine_tells_what_is_wrong(run_tool):
+    said = [run_tool("pretrain_gpt.py", "--num-layer", "2",
+                     env={"WORLD_SIZE": "4", "RANK": str(2 + local_rank), "LOCAL_RANK": str(local_rank)})
+            for local_rank in (0, 1)]
     assert [one.returncode for one in said] == [2, 2]
     assert said[0].stderr == "error: unknown flag --num-layer; the nearest known one is --num-layers\n"
     assert said[1].stderr == ""

@@ -1,4 +1,4 @@
-"""The whole of pretrain_gpt.py: read the flags, show the plan, take a place, assemble the run, train."""
+"""The whole of pretrain_gpt.py: read flags, show the plan, open inputs, take a place, assemble, train."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from megatron.pretrain.checks import settle
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import EXIT_USER_ERROR, UserError
 from megatron.pretrain.plan import plan_lines
+from megatron.pretrain.train.inputs import Inputs, open_inputs
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank of a training run, or print its plan with --dry-run. Returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     _set_up_logging(is_main=rank == 0)
     try:
         invocation = cli.parse(argv)
         world_size = world_size_of_environment()
         config = settle(invocation.config, world_size)
         lines = plan_lines(config, world_size)
-    except UserError:
-        # Every rank sees the same flags: rank 0 alone says what is wrong with them.
         if rank == 0:
+            print("\n".join(lines), flush=True)
+        inputs = None if invocation.dry_run else open_inputs(config)
+    except UserError:
+        # Processes of one machine see the same flags and files: the first says what is wrong with them.
+        if local_rank == 0:
             raise
         return EXIT_USER_ERROR
-    if rank == 0:
-        print("\n".join(lines), flush=True)
-    if not invocation.dry_run:
-        _train(config)
+    if inputs is not None:
+        _train(config, inputs)
     return 0
 
 
@@ -44,8 +46,8 @@ def world_size_of_environment() -> int:
     return int(value)
 
 
-def _train(config: RunConfig) -> None:
-    # The engine takes seconds to import, which neither --help nor --dry-run should wait for.
+def _train(config: RunConfig, inputs: Inputs) -> None:
+    # The engine takes seconds to import, which neither --help, --dry-run nor a mistake should wait for.
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     from megatron.pretrain.layout import placed
     from megatron.pretrain.train.report import Reporter
@@ -53,7 +55,7 @@ def _train(config: RunConfig) -> None:
     from megatron.pretrain.train.trainer import train
 
     with placed(config) as place:
-        run = assemble(config, place)
+        run = assemble(config, place, inputs)
         with Reporter(run) as reporter:
             train(run, reporter)
 

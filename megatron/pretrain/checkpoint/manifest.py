@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron.pretrain.config import RunConfig
+from megatron.pretrain.config import RunConfig, from_dict
 from megatron.pretrain.errors import UserError
 
 MANIFEST_NAME = "run.json"
@@ -36,6 +37,11 @@ class Manifest:
     versions: dict[str, str]
     file_bytes: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The configuration of the run that saved this; settings it did not know yet have their defaults."""
+        return from_dict(self.config)
 
     def write(self, folder: Path) -> None:
         """Write run.json, as the last file of a checkpoint that is whole."""
@@ -69,8 +75,8 @@ def find_checkpoint(load: str) -> Path:
     tracker = root / TRACKER_NAME
     if not tracker.is_file():
         raise UserError(f"--load {load}: holds no checkpoint ({TRACKER_NAME} is missing)")
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal():
         raise UserError(f"{tracker}: says {text!r}, where the number of an iteration was expected")
     folder = root / iteration_name(int(text))
     if not folder.is_dir():
@@ -83,18 +89,25 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def check_can_save(save: str) -> None:
+    """Refuse a folder that cannot be written to, before hours are spent on what it should hold."""
+    root = Path(save).absolute()
+    nearest = next(folder for folder in (root, *root.parents) if os.path.lexists(folder))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UserError(f"--save {save}: {nearest} is not a folder that can be written to")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and verify run.json. Raises UserError where the checkpoint is empty, foreign or truncated."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{folder}: not a whole checkpoint of this project ({MANIFEST_NAME} is missing)")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**content)
-    except (ValueError, TypeError) as error:
+        manifest = _manifest_of(json.loads(path.read_text(encoding="utf-8")))
+    except KeyError as missing:
+        raise UserError(f"{path}: not a manifest of this project ({missing} is missing)") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of this project ({error})") from None
-    if manifest.format != FORMAT:
-        raise UserError(f"{path}: format {manifest.format}, where this version reads {FORMAT}")
     for name, size_bytes in manifest.file_bytes.items():
         file = folder / name
         if not file.is_file():
@@ -105,10 +118,20 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _manifest_of(content: dict[str, Any]) -> Manifest:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what this project did not write."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, where this version reads {FORMAT}")
+    manifest = Manifest(**content)
+    if not manifest.run_config.model.num_layers:
+        raise ValueError("its config describes no model")
+    return manifest
+
+
 def check_same_model(manifest: Manifest, config: RunConfig, folder: Path) -> None:
     """Refuse a checkpoint of another shape."""
     for name in SHAPE_SETTINGS:
-        saved, wanted = manifest.config["model"][name], getattr(config.model, name)
+        saved, wanted = getattr(manifest.run_config.model, name), getattr(config.model, name)
         if saved != wanted:
             raise UserError(f"{folder}: a model of another shape: --{name.replace('_', '-')} is {saved} there "
                             f"and {wanted} here")
@@ -135,9 +158,14 @@ def check_same_schedule(manifest: Manifest, config: RunConfig, folder: Path) -> 
     """Refuse to resume on another schedule, unless told to."""
     if config.checkpoint.override_opt_param_scheduler:
         return
-    saved = {**manifest.config["optim"], "train_iters": manifest.config["train"]["train_iters"]}
-    wanted = {**asdict(config.optim), "train_iters": config.train.train_iters}
-    for name in (*SCHEDULE_SETTINGS, "train_iters"):
-        if saved[name] != wanted[name]:
-            raise UserError(f"{folder}: another schedule: --{name.replace('_', '-')} is {saved[name]} there and "
-                            f"{wanted[name]} here; --override-opt_param-scheduler takes the flags'")
+    there, here = (_schedule_settings(run) for run in (manifest.run_config, config))
+    for name, saved in there.items():
+        if saved != here[name]:
+            raise UserError(f"{folder}: another schedule: --{name.replace('_', '-')} is {saved} there and "
+                            f"{here[name]} here; --override-opt_param-scheduler takes the flags'")
+
+
+def _schedule_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the learning rate and weight decay at a number of consumed samples."""
+    return {**{name: getattr(config.optim, name) for name in SCHEDULE_SETTINGS},
+            "train_iters": config.train.train_iters, "global_batch_size": config.train.global_batch_size}

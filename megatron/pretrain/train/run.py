@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron.pretrain.checkpoint import manifest as manifests
-from megatron.pretrain.checkpoint.manifest import Manifest
+from megatron.pretrain.checkpoint.manifest import Manifest, package_versions
 from megatron.pretrain.checkpoint.store import load_everything, load_weights
-from megatron.pretrain.config import DataConfig, RunConfig
+from megatron.pretrain.config import RunConfig
 from megatron.pretrain.data.batches import BatchSchedule
-from megatron.pretrain.data.dataset import PretrainDataset, open_dataset
-from megatron.pretrain.data.mixture import Blended, parse_blend
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.data.dataset import PretrainDataset
 from megatron.pretrain.layout import Place
 from megatron.pretrain.model.build import build_model
 from megatron.pretrain.model.flops import padded_vocab_size
 from megatron.pretrain.optim.optimizer import build_optimizer
 from megatron.pretrain.optim.schedule import LrSchedule, schedule_of
-from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
+from megatron.pretrain.tokenizer import Tokenizer
+from megatron.pretrain.train.inputs import Checkpoint, Inputs, describe_tokenizer
 from megatron.pretrain.train.state import TrainState
 from megatron.pretrain.train.step import Chunks, connect
 
@@ -59,43 +55,25 @@ class Run:
             consumed_tokens=state.consumed_tokens, config=config,
             tokenizer=describe_tokenizer(self.config, self.tokenizer),
             mixture_hash=self.dataset.content_hash(), train_state=state.as_dict(),
-            versions=manifests.package_versions())
+            versions=package_versions())
 
 
-def assemble(config: RunConfig, place: Place) -> Run:
-    """Build every part and load the checkpoint that --load names. Raises UserError before anything trains."""
-    tokenizer = build_tokenizer(config.tokenizer)
-    blended = blend_of(config.data)
-    dataset = _open(config, blended, tokenizer, "train")
-    dataset.check_holds(config.train.train_iters * config.train.global_batch_size)
-    valid_dataset = _open(config, blended, tokenizer, "valid") if config.train.eval_iters else None
-    if valid_dataset is not None:
-        valid_dataset.check_holds(config.train.eval_iters * config.train.global_batch_size, "--eval-iters")
+def assemble(config: RunConfig, place: Place, inputs: Inputs) -> Run:
+    """Build every part around the opened inputs, and load the checkpoint among them."""
+    tokenizer = inputs.tokenizer
     chunks = build_model(config, padded_vocabulary(config, tokenizer.vocab_size), place.device)
     optimizer = build_optimizer(config, chunks)
     connect(chunks, optimizer)
     run = Run(
-        config=config, place=place, tokenizer=tokenizer, dataset=dataset, valid_dataset=valid_dataset,
+        config=config, place=place, tokenizer=tokenizer, dataset=inputs.dataset,
+        valid_dataset=inputs.valid_dataset,
         batches=BatchSchedule(
             global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
             data_parallel_size=place.data_parallel_size, data_parallel_rank=place.data_parallel_rank),
         chunks=chunks, optimizer=optimizer, schedule=schedule_of(config), state=TrainState())
-    if config.checkpoint.load is not None:
-        _restore(run, manifests.find_checkpoint(config.checkpoint.load))
+    if inputs.checkpoint is not None:
+        _restore(run, inputs.checkpoint)
     return run
-
-
-def blend_of(data: DataConfig) -> list[Blended]:
-    """The blend that --data-path, or the file of --data-args-path, names."""
-    if bool(data.data_path) == bool(data.data_args_path):
-        raise UserError("give either --data-path or --data-args-path: the datasets to train on")
-    if data.data_args_path is None:
-        return parse_blend(data.data_path)
-    path = Path(data.data_args_path)
-    try:
-        return parse_blend(path.read_text(encoding="utf-8").split())
-    except OSError as error:
-        raise UserError(f"--data-args-path {path}: {error.strerror}") from None
 
 
 def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
@@ -104,35 +82,15 @@ def padded_vocabulary(config: RunConfig, vocab_size: int) -> int:
                              config.layout.tensor_model_parallel_size)
 
 
-def describe_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer as a checkpoint remembers it."""
-    return {"type": config.tokenizer.tokenizer_type, "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id}
-
-
-def _open(config: RunConfig, blended: list[Blended], tokenizer: Tokenizer, part: str) -> PretrainDataset:
-    data = config.data
-    return open_dataset(
-        blended, tokenizer=tokenizer, seq_length=data.seq_length, seed=config.train.seed,
-        data_weights=data.data_weights, enable_shuffle=data.enable_shuffle, eod_mask_loss=data.eod_mask_loss,
-        split=data.split, part=part)
-
-
-def _restore(run: Run, folder: Path) -> None:
-    manifest = manifests.read_manifest(folder)
-    checkpoint = run.config.checkpoint
-    manifests.check_same_model(manifest, run.config, folder)
-    manifests.check_same_tokenizer(manifest, describe_tokenizer(run.config, run.tokenizer), folder)
-    if checkpoint.finetune:
+def _restore(run: Run, start: Checkpoint) -> None:
+    folder, manifest = start.folder, start.manifest
+    if run.config.checkpoint.finetune:
         load_weights(folder, run.chunks, run.optimizer)
         logger.info("loaded the weights of %s; the run starts at iteration 0", folder)
         return
-    manifests.check_same_data(manifest, run.dataset.content_hash(), folder, override=checkpoint.override_data)
-    manifests.check_same_schedule(manifest, run.config, folder)
     for field in fields(TrainState):
         setattr(run.state, field.name, manifest.train_state[field.name])
-    if checkpoint.no_load_optim:
+    if run.config.checkpoint.no_load_optim:
         run.state.updates = 0
         load_weights(folder, run.chunks, run.optimizer)
     else:
