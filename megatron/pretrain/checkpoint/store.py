@@ -30,6 +30,8 @@ from megatron.pretrain.checkpoint.manifest import TRACKER_NAME, Manifest, file_s
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.optim.sharded import SHARDING, load_tensors, sharded_tensors
 
+_BOOKKEEPING = "_extra_state"
+
 
 def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer,
                     manifest: Manifest) -> Path:
@@ -84,7 +86,14 @@ def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimiz
 def _model_content(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
     # The engine's optimizers look for "model" where there is one chunk and "model0", ... where there are more.
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    return {name: unwrap_model(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    return {name: _weights_alone(unwrap_model(chunk).sharded_state_dict())
+            for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _weights_alone(content: dict[str, Any]) -> dict[str, Any]:
+    """Without the entries in which Transformer Engine's layers keep fp8 bookkeeping: others lack them, and a
+    checkpoint must load whatever layers a run is built from."""
+    return {name: tensor for name, tensor in content.items() if not name.endswith(_BOOKKEEPING)}
 
 
 def _of_model(content: dict[str, Any]) -> dict[str, Any]:
@@ -135,8 +144,7 @@ def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def _load_model(folder: Path, chunks: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:
     for chunk, part in zip(chunks, _of_model(loaded).values(), strict=True):
         missing, unexpected = unwrap_model(chunk).load_state_dict(part, strict=False)
-        # Transformer Engine keeps fp8 bookkeeping beside its weights, which other layers do not have.
-        wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+        wrong = [name for name in (*missing, *unexpected) if not name.endswith(_BOOKKEEPING)]
         if wrong:
             raise UserError(f"{folder}: tensors missing or unknown: {', '.join(wrong[:5])}")
 
