@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output-prefix {options.output_prefix}: there is no folder {model_path.parent}")
     compared = {path: read_model(path) for path in options.compare}
     for path in options.held_out:
-        next(documents(path, options.json_key), None)  # a missing file is refused now, not after the training
+        next(documents(path, options.json_key), None)  # a missing file is refused now, not after training
     inputs, held_out = _from_recipe(options) if options.recipe else (options.input, options.held_out)
 
     size_mb = sum(os.path.getsize(path) for path in inputs if os.path.exists(path)) / 1e6
@@ -71,7 +71,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = FlagParser(prog="train_tokenizer.py", description=DESCRIPTION, epilog=EXAMPLES)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--input", nargs="+", action="extend", metavar="FILE",
-                      help="text to learn from: .json and .jsonl hold a JSON object a line, all else is plain text")
+                      help="text to learn from: .json and .jsonl hold a JSON object a line, others plain text")
     text.add_argument("--recipe", type=Path, metavar="YML", help="learn from the packages this file names")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.model")
     parser.add_argument("--vocab-size", type=positive_number, default=64000, metavar="N",
@@ -90,7 +90,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="MODEL",
                         help="other SentencePiece models to measure on the held-out texts")
     parser.add_argument("--work-dir", type=Path, metavar="FOLDER",
-                        help="with --recipe: where packages and their text go, several GB; what is there is kept")
+                        help="with --recipe: where packages and their text go (GB); what is there is kept")
     parser.add_argument("--any-version", action="store_true",
                         help="with --recipe: take the packages' versions of today, not the recipe's")
     options = parser.parse(argv)
