@@ -71,7 +71,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = FlagParser(prog="train_tokenizer.py", description=DESCRIPTION, epilog=EXAMPLES)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--input", nargs="+", action="extend", metavar="FILE",
-                      help="text to learn from: .json and .jsonl hold a JSON object a line, others plain text")
+                      help="text to learn from: .json and .jsonl hold an object a line, others plain text")
     text.add_argument("--recipe", type=Path, metavar="YML", help="learn from the packages this file names")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.model")
     parser.add_argument("--vocab-size", type=positive_number, default=64000, metavar="N",
