@@ -16,7 +16,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}    # small matrices gain nothing from more
 def trained_models(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
     """NAME/iter_0000100 and NAME/expected.pt for every model of save_models.py that fits one process."""
     output = tmp_path_factory.mktemp("trained")
-    outcome = run_tool(repository / "tests/export/save_models.py", output, tiny_tokenizer, *SINGLE, env=ONE_THREAD)
+    script = repository / "tests/export/save_models.py"
+    outcome = run_tool(script, output, tiny_tokenizer, *SINGLE, env=ONE_THREAD)
     assert outcome.returncode == 0, outcome.stderr
     return output
 
@@ -28,9 +29,9 @@ def trained_tp2_pp2(trained_models, tiny_tokenizer, run_tool, repository) -> Pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     outcome = run_tool(
-        "-m", "torch.distributed.run", "--nproc_per_node", 4, "--master_addr", "127.0.0.1", "--master_port", port,
-        repository / "tests/export/save_models.py", trained_models, tiny_tokenizer, "tp2_pp2",
-        env=ONE_THREAD)
+        "-m", "torch.distributed.run", "--nproc_per_node", 4, "--master_addr", "127.0.0.1",
+        "--master_port", port, repository / "tests/export/save_models.py", trained_models, tiny_tokenizer,
+        "tp2_pp2", env=ONE_THREAD)
     assert outcome.returncode == 0, outcome.stderr
     return trained_models / "tp2_pp2/iter_0000100"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import runpy
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def convert(source: Path, target: Path, **options: object) -> Plan:
 
 def load(folder: Path) -> torch.nn.Module:
     """The model in float32; no tensor may be missing or left over."""
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
 
@@ -98,7 +100,8 @@ def test_shards_are_of_the_size_asked_for_and_their_index_is_right(written, tmp_
         assert path.stat().st_size < 300_000 + 4096
         with safe_open(path, "pt") as shard:
             assert shard.metadata() == {"format": "pt"}
-            assert list(shard.keys()) == sorted(n for n, file in index["weight_map"].items() if file == path.name)
+            assert list(shard.keys()) == sorted(
+                name for name, file in index["weight_map"].items() if file == path.name)
     assert index["metadata"]["total_size"] == plan.size_bytes == sum(
         tensor.nbytes for tensor in weights(tmp_path / "hf").values())
     convert(written, tmp_path / "one_file")
@@ -114,15 +117,15 @@ def test_the_folder_says_everything(trained_models, tmp_path):
     config = read["config.json"]
     assert {key: config[key] for key in (
         "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "vocab_size",
-        "tie_word_embeddings", "bos_token_id", "eos_token_id", "torch_dtype")} == {
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+        "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "torch_dtype")} == {
             "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 352,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48,
             "rms_norm_eps": 1e-4, "rope_theta": 5000.0, "max_position_embeddings": 128, "vocab_size": 1000,
             "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
     assert read["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": 2}
     assert (read["export.json"]["iteration"], read["export.json"]["consumed_tokens"]) == (100, 102400)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.rope_parameters["rope_theta"] == 5000.0
+    assert load(tmp_path / "hf").config.rope_parameters["rope_theta"] == 5000.0
     assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")) == 1000
 
 
@@ -149,6 +152,24 @@ def test_a_conversion_that_fails_leaves_nothing(damaged, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_disk_that_fills_up_leaves_nothing(written, tmp_path):
+    plan = plan_conversion(written, Options())
+    _, hard_bytes = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard_bytes))
+    try:
+        with pytest.raises(UserError, match="out/hf could not be written: File too large"):
+            run_conversion(plan, tmp_path / "out/hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_place_that_takes_no_folder_is_named(written, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/hf could not be written: Not a directory"):
+        convert(written, tmp_path / "file/hf")
+
+
 def change_run(folder: Path, section: str, **values: object) -> None:
     content = json.loads((folder / "run.json").read_text())
     (content["config"][section] if section in content["config"] else content[section]).update(values)
@@ -158,7 +179,7 @@ def change_run(folder: Path, section: str, **values: object) -> None:
 @pytest.mark.parametrize(("values", "sentence"), [
     ({"num_layers": 3}, r"has no decoder\.layers\.2\.input_layernorm\.weight"),
     ({"num_layers": 1}, r"has decoder\.layers\.1\..*no place"),
-    ({"ffn_hidden_size": 161}, r"decoder\.layers\.0\.mlp\.linear_fc1\.weight has shape \[320, 64\].*\[322, 64\]"),
+    ({"ffn_hidden_size": 161}, r"layers\.0\.mlp\.linear_fc1\.weight has shape \[320, 64\].*\[322, 64\]"),
     ({"num_query_groups": 4}, r"linear_qkv\.weight has shape"),
     ({"untie_embeddings_and_output_weights": False}, r"has output_layer\.weight.*no place"),
 ])

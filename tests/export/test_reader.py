@@ -43,7 +43,8 @@ def test_every_tensor_is_what_torch_reads(name: str, request: pytest.FixtureRequ
         assert (tuple(read.shape), read.dtype) == (checkpoint.shape(key), checkpoint.dtype(key))
 
 
-def test_layers_with_names_of_their_own_read_the_same(written, tmp_path, tiny_tokenizer, run_tool, repository):
+def test_layers_with_names_of_their_own_read_the_same(
+        written, tmp_path, tiny_tokenizer, run_tool, repository):
     outcome = run_tool(
         repository / "tests/export/write_checkpoint.py", "--numbered", tmp_path, tiny_tokenizer, 100)
     assert outcome.returncode == 0, outcome.stderr

@@ -19,9 +19,10 @@ from megatron.pretrain.export.tokenizer_files import find_tokenizer, write_token
 from megatron.pretrain.tokenizer import build_tokenizer
 
 TEXTS = (
-    "", " ", "word", " leading", "  two leading", "trailing  ", "a  b   c", "\n", "\n\nx\n", "\tdef f(x):\r\n",
-    "0123456789", "3.14 1,000", "中文和 English 混排。", "🙂👩‍👩‍👧 naïve ½", "<s>", "</s> text", "x<s>y", "<unk>", "<0x0A>",
-    "<EOD>", "a\u2581b", "\u3000\xa0", "\x00\x7f\ud7ff\U0010ffff", "aaaaaaaaaaaaaaaaa", "abababababab", "-" * 50,
+    "", " ", "word", " leading", "  two leading", "trailing  ", "a  b   c", "\n", "\n\nx\n",
+    "\tdef f(x):\r\n", "0123456789", "3.14 1,000", "中文和 English 混排。", "🙂👩‍👩‍👧 naïve ½", "<s>",
+    "</s> text", "x<s>y", "<unk>", "<0x0A>", "<EOD>", "a\u2581b", "\u3000\xa0", "\x00\x7f\ud7ff\U0010ffff",
+    "aaaaaaaaaaaaaaaaa", "abababababab", "-" * 50,
 )
 
 
@@ -123,7 +124,8 @@ def test_another_tokenizer_is_refused(tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
-    ("absent", "does not exist"), ("empty", "holds no tokenizer.model"), ("text.txt", "not a SentencePiece model")])
+    ("absent", "does not exist"), ("empty", "holds no tokenizer.model"),
+    ("text.txt", "not a SentencePiece model")])
 def test_a_wrong_path_is_named(name: str, sentence: str, tiny_tokenizer, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("no model")

@@ -47,10 +47,11 @@ def test_the_table_names_each_tensor_of_transformers_llama_once():
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(
-            num_hidden_layers=3, hidden_size=8, intermediate_size=4, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=2, vocab_size=6))
+            num_hidden_layers=3, hidden_size=8, intermediate_size=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=2, vocab_size=6))
     made = []
     for rule in llama_rules(SHAPE):
-        saved = torch.empty([9 if size is None else size for size in rule.megatron_shape(SHAPE)], device="meta")
-        made += [(name, tensor.shape) for name, tensor in zip(rule.hf, rule.to_hf(saved, SHAPE), strict=True)]
+        size = [9 if length is None else length for length in rule.megatron_shape(SHAPE)]
+        tensors = rule.to_hf(torch.empty(size, device="meta"), SHAPE)
+        made += [(name, tensor.shape) for name, tensor in zip(rule.hf, tensors, strict=True)]
     assert sorted(made) == sorted((name, tensor.shape) for name, tensor in model.state_dict().items())

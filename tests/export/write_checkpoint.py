@@ -62,7 +62,8 @@ def tensors(seed: int, rows: int, *, numbered: bool) -> dict[str, torch.Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    content = {"embedding.word_embeddings.weight": random(rows, 64), "decoder.final_layernorm.weight": random(64),
+    content = {"embedding.word_embeddings.weight": random(rows, 64),
+               "decoder.final_layernorm.weight": random(64),
                "output_layer.weight": random(rows, 64),
                "optimizer.state.exp_avg.output_layer.weight": random(rows, 64)}
     for name, shape in LAYER_SHAPES.items():

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-TOKENS_AN_ITERATION = 8 * 128
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
@@ -29,9 +27,9 @@ def script(repository, tmp_path):
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(repository / "neo/scripts/batch_convert_ckpt.sh"), *map(str, arguments)], cwd=tmp_path,
-            env={**os.environ, "PYTHON": sys.executable, "COLUMNS": "200"}, text=True, capture_output=True,
-            timeout=300)
+            ["bash", str(repository / "neo/scripts/batch_convert_ckpt.sh"), *map(str, arguments)],
+            cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable, "COLUMNS": "200"},
+            text=True, capture_output=True, timeout=300)
 
     return run
 
@@ -42,7 +40,7 @@ def config(checkpoints, tiny_tokenizer, tmp_path) -> Path:
     path.write_text(
         f"MEGATRON_CHECKPOINT_PATH: {checkpoints}\nHF_CHECKPOINT_PATH: hf\nTOKENIZER_DIR: {tiny_tokenizer}\n"
         "CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS: [0.0001, 0.000105, 0.00025]\n"
-        f"VOCAB_SIZE: 1000\nSEQ_LEN: 128\nGB: 8\nBF16: true\n")
+        "VOCAB_SIZE: 1000\nSEQ_LEN: 128\nGB: 8\nBF16: true\n")
     return path
 
 
@@ -64,12 +62,12 @@ def test_a_batch(script, config, checkpoints, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == [
-        f"Closest checkpoint to 0.000100B tokens: {checkpoints}/iter_0000100, corresponding tokens: 0.000102B, "
-        "diff: 0.00000240B",
-        f"Closest checkpoint to 0.000105B tokens: {checkpoints}/iter_0000100, corresponding tokens: 0.000102B, "
-        "diff: 0.00000260B",
-        f"Closest checkpoint to 0.000250B tokens: {checkpoints}/iter_0000200, corresponding tokens: 0.000205B, "
-        "diff: 0.0000452B"]
+        f"Closest checkpoint to {wanted} tokens: {checkpoints}/{name}, corresponding tokens: {tokens}, "
+        f"diff: {difference}"
+        for wanted, name, tokens, difference in (
+            ("0.000100B", "iter_0000100", "0.000102B", "0.00000240B"),
+            ("0.000105B", "iter_0000100", "0.000102B", "0.00000260B"),
+            ("0.000250B", "iter_0000200", "0.000205B", "0.0000452B"))]
     assert done.stdout.count("converted, ") == 2 and done.stdout.count("the same") == 1
     assert "iter_0000400 is left out" in done.stderr
     assert folders(tmp_path) == ["iter_0000100", "iter_0000200"]
@@ -120,7 +118,7 @@ def test_the_script_reads_its_own_configuration_and_writes_another(script, tmp_p
     (["--megatron-dir", "x"], "--megatron-dir and --hf-dir belong together"),
     (["--megatron-dir", "absent", "--hf-dir", "y"], "absent is not a folder"),
     (["--megatron-dir", "x", "--hf-dir", "y", "--rename-hf-by-billions"], "give one of the two"),
-    (["--config", "cfg.yml", "--max-shard-size", "big"], "--max-shard-size 'big' is no size"),
+    (["--config", "cfg.yml", "--max-shard-size", "big"], "--max-shard-size: 'big' is no size"),
     (["--config", "cfg.yml", "--vocab-size", "999"], "no trained row is dropped"),
     (["--config", "cfg.yml", "--tokenizer-dir", "absent"], "absent does not exist"),
 ])

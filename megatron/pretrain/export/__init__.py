@@ -9,3 +9,6 @@
 
 Nothing here needs a GPU, a process group or the training code.
 """
+
+EXPORT_FILE = "export.json"
+"""In each folder that a conversion makes: from which iteration, and from what."""

@@ -1,8 +1,9 @@
-"""`batch_convert_ckpt.sh`: a run's checkpoints, chosen by the tokens they have seen, to Hugging Face folders."""
+"""`batch_convert_ckpt.sh`: checkpoints, chosen by the tokens they have seen, to Hugging Face folders."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from rich.table import Table
 from megatron.pretrain.data.flags import FlagParser, positive_number
 from megatron.pretrain.data.progress import ByteProgress
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export import EXPORT_FILE
 from megatron.pretrain.export.batch_config import BatchConfig, read_config, write_template
 from megatron.pretrain.export.choose import (
     Choice, SavedIteration, billions, closest, find_saved, folder_names)
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from megatron.pretrain.export.convert import Options, Plan
 
 DEFAULT_CONFIG = Path("neo/scripts/converter_cfg.yml")
+
+_UNITS_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -52,26 +56,24 @@ def main(argv: Sequence[str]) -> int | None:
         write_template(flags.generate_config)
         print(f"wrote {flags.generate_config}: fill it in, then run with --config {flags.generate_config}")
         return None
-    jobs, bf16 = _single(flags), None
-    if not jobs:
+    if _is_single(flags):
+        jobs, options = [Job(flags.megatron_dir, flags.hf_dir)], _options(flags, None)
+    else:
         config = read_config(flags.config)
-        flags.vocab_size = flags.vocab_size or config.vocab_size
-        flags.tokenizer_dir = flags.tokenizer_dir or config.tokenizer
-        bf16 = config.bf16
-        jobs = _chosen(config, flags.rename_hf_by_billions)
-    _print_results(_run(jobs, _options(flags, bf16), flags))
+        jobs, options = _chosen(config, flags.rename_hf_by_billions), _options(flags, config)
+    _print_results(_run(jobs, options, skip_existing=flags.skip_existing, dry_run=flags.dry_run))
     return None
 
 
 def _parser() -> FlagParser:
     parser = FlagParser(
         prog="batch_convert_ckpt.sh",
-        description="Convert a run's checkpoints to folders that transformers, vLLM and lm-eval read. For each\n"
-        "number of tokens in the configuration the saved iteration closest to it is taken.",
+        description="Convert a run's checkpoints to folders that transformers, vLLM and lm-eval read. For\n"
+        "each number of tokens in the configuration, the saved iteration closest to it is taken.",
         epilog="examples:\n"
         "  bash neo/scripts/batch_convert_ckpt.sh\n"
         "  bash neo/scripts/batch_convert_ckpt.sh --config my_cfg.yml --rename-hf-by-billions --dry-run\n"
-        "  bash neo/scripts/batch_convert_ckpt.sh --megatron-dir RUN/checkpoint/iter_0002000 --hf-dir my-model")
+        "  bash neo/scripts/batch_convert_ckpt.sh --megatron-dir RUN/iter_0002000 --hf-dir my-model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE.yml",
                         help=f"the configuration (default: {DEFAULT_CONFIG})")
     parser.add_argument("--generate-config", type=Path, nargs="?", const=Path("converter_cfg.yml"),
@@ -81,29 +83,36 @@ def _parser() -> FlagParser:
     parser.add_argument("--skip-existing", action="store_true",
                         help="leave folders that exist as they are; without it they are an error")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
+    parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE",
                         help="largest .safetensors file, such as 500MB (default: 5GB)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
                         help="type of the weights; over BF16 of the configuration")
     parser.add_argument("--vocab-size", type=positive_number, metavar="N",
-                        help="rows of the vocabulary to keep; over VOCAB_SIZE (default: those that were trained)")
+                        help="vocabulary rows to keep; over VOCAB_SIZE (default: those that were trained)")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
-                        help="the tokenizer's file or folder; over TOKENIZER_DIR (default: where the run found it)")
+                        help="the tokenizer's file or folder; over TOKENIZER_DIR (default: as the run)")
     single = parser.add_argument_group("one checkpoint, without a configuration")
     single.add_argument("--megatron-dir", type=Path, metavar="DIR/iter_NNNNNNN", help="the checkpoint")
     single.add_argument("--hf-dir", type=Path, metavar="DIR", help="the folder to make")
     return parser
 
 
-def _single(flags: argparse.Namespace) -> list[Job]:
-    """The one job that --megatron-dir and --hf-dir name, if they do."""
+def _size_bytes(text: str) -> int:
+    """An argparse type: `5GB`, `500MB`, `2GiB`, or plain bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
+    unit_bytes = _UNITS_BYTES.get(match[2].upper(), 0) if match else 0
+    size_bytes = int(float(match[1]) * unit_bytes) if match else 0
+    if size_bytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write one such as 5GB or 500MB")
+    return size_bytes
+
+
+def _is_single(flags: argparse.Namespace) -> bool:
     if (flags.megatron_dir is None) != (flags.hf_dir is None):
         raise UserError("--megatron-dir and --hf-dir belong together: from where, and to where")
-    if flags.megatron_dir is None:
-        return []
-    if flags.rename_hf_by_billions:
+    if flags.megatron_dir and flags.rename_hf_by_billions:
         raise UserError("--rename-hf-by-billions: --hf-dir names the folder already; give one of the two")
-    return [Job(flags.megatron_dir, flags.hf_dir)]
+    return flags.megatron_dir is not None
 
 
 def _chosen(config: BatchConfig, by_billions: bool) -> list[Job]:
@@ -119,33 +128,33 @@ def _chosen(config: BatchConfig, by_billions: bool) -> list[Job]:
     return [Job(one.folder, config.targets / names[one], tuple(choices)) for one, choices in wishes.items()]
 
 
-def _options(flags: argparse.Namespace, bf16: bool | None) -> Options:
+def _options(flags: argparse.Namespace, config: BatchConfig | None) -> Options:
+    """What the flags say, or else the configuration."""
     import torch
 
     from megatron.pretrain.export.convert import Options
-    from megatron.pretrain.export.hf import parse_size_bytes
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    from_config = {None: None, True: torch.bfloat16, False: torch.float32}[bf16]
-    return Options(
-        vocab_size=flags.vocab_size, tokenizer_path=flags.tokenizer_dir,
-        dtype=dtypes[flags.dtype] if flags.dtype else from_config,
-        max_shard_bytes=parse_size_bytes(flags.max_shard_size))
+    vocab_size, tokenizer, dtype = flags.vocab_size, flags.tokenizer_dir, flags.dtype
+    if config is not None:
+        vocab_size, tokenizer = vocab_size or config.vocab_size, tokenizer or config.tokenizer
+        dtype = dtype or {None: None, True: "bf16", False: "fp32"}[config.bf16]
+    dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return Options(vocab_size, tokenizer, dtypes[dtype], flags.max_shard_size)
 
 
-def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:
+def _run(jobs: Sequence[Job], options: Options, *, skip_existing: bool, dry_run: bool) -> list[Result]:
     """Check all jobs before the first is done, so that a mistake shows before the work begins."""
     from megatron.pretrain.export.convert import plan_conversion
 
     plans: list[Plan | None] = []
     for job in jobs:
-        if job.target.exists() and flags.skip_existing:
+        if not job.target.exists():
+            plans.append(plan_conversion(job.source, options))
+        elif skip_existing:
             plans.append(None)
-            continue
-        if job.target.exists():
+        else:
             raise UserError(f"{job.target} exists: remove it, or let --skip-existing leave it as it is")
-        plans.append(plan_conversion(job.source, options))
-    return [Result(job, _outcome(job, plan, flags.dry_run)) for job, plan in zip(jobs, plans)]
+    return [Result(job, _outcome(job, plan, dry_run)) for job, plan in zip(jobs, plans)]
 
 
 def _outcome(job: Job, plan: Plan | None, dry_run: bool) -> str:
@@ -165,7 +174,7 @@ def _outcome(job: Job, plan: Plan | None, dry_run: bool) -> str:
 def _converted_iteration(target: Path) -> int | None:
     """The iteration that an earlier conversion put into `target`; None if there is none."""
     try:
-        return orjson.loads((target / "export.json").read_bytes())["iteration"]
+        return orjson.loads((target / EXPORT_FILE).read_bytes())["iteration"]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return None
 

@@ -59,8 +59,8 @@ def find_saved(root: Path, seq_len: int | None, global_batch_size: int | None,
         computed = iteration * tokens_an_iteration if tokens_an_iteration else counted
         saved.append(SavedIteration(folder, iteration, computed if counted is None else counted))
         if counted not in (None, computed):
-            differing.append(f"{folder.name} has seen {counted:,} tokens by its {MANIFEST_NAME}, which is taken; "
-                             f"iteration x SEQ_LEN x GB is {computed:,}")
+            differing.append(f"{folder.name} has seen {counted:,} tokens by its {MANIFEST_NAME}, which is "
+                             f"taken; iteration x SEQ_LEN x GB is {computed:,}")
     if not saved:
         raise UserError(f"MEGATRON_CHECKPOINT_PATH {root} holds no whole checkpoint")
     if differing:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from megatron.pretrain.checkpoint.manifest import Manifest, read_manifest
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export import EXPORT_FILE
 from megatron.pretrain.export.hf import (
     SpecialIds, TensorSpec, generation_config, llama_config, write_json, write_safetensors)
-from megatron.pretrain.export.names import EMBEDDING, Rule, llama_rules
+from megatron.pretrain.export.names import Rule, llama_rules
 from megatron.pretrain.export.reader import TorchDistCheckpoint
 from megatron.pretrain.export.shape import ModelShape, model_shape
 from megatron.pretrain.export.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
-
-MANIFEST_FILE = "export.json"
 
 _VOCABULARY = "VOCAB_SIZE (--vocab-size)"
 
@@ -72,13 +71,14 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
     return Plan(checkpoint, manifest, shape, rules, specs, tokenizer, options.max_shard_bytes)
 
 
-def run_conversion(plan: Plan, target: Path, on_bytes: Callable[[int], None] = lambda size_bytes: None) -> None:
+def run_conversion(plan: Plan, target: Path,
+                   on_bytes: Callable[[int], None] = lambda size_bytes: None) -> None:
     """Write `target`, which must not exist, whole or not at all; `on_bytes` hears of each tensor written."""
     if target.exists():
         raise UserError(f"{target} exists: remove it, or name another folder")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         for size_bytes in write_safetensors(partial, plan.specs, _stream(plan), plan.max_shard_bytes):
             on_bytes(size_bytes)
         _write_descriptions(plan, partial)
@@ -121,8 +121,8 @@ def _match(checkpoint: TorchDistCheckpoint, shape: ModelShape) -> Iterator[tuple
                             "the two do not belong together")
         yield name, rule
     if left_over:
-        raise UserError(f"{folder} has {next(iter(left_over))}, for which a Llama model as run.json describes "
-                        "it has no place: only such models can be converted")
+        raise UserError(f"{folder} has {next(iter(left_over))}, for which a Llama model as run.json "
+                        "describes it has no place: only such models can be converted")
 
 
 def _on_meta(checkpoint: TorchDistCheckpoint, name: str) -> Tensor:
@@ -146,7 +146,7 @@ def _write_descriptions(plan: Plan, folder: Path) -> None:
     write_json(folder / "generation_config.json", generation_config(ids))
     if plan.tokenizer is not None:
         write_tokenizer(plan.tokenizer, folder, plan.shape.max_position_embeddings)
-    write_json(folder / MANIFEST_FILE, {
+    write_json(folder / EXPORT_FILE, {
         "format": 1,
         "iteration": manifest.iteration,
         "consumed_tokens": manifest.consumed_tokens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ import orjson
 import torch
 from torch import Tensor
 
-from megatron.pretrain.errors import UserError
 from megatron.pretrain.export.shape import ModelShape
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_UNITS_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,6 @@ def generation_config(ids: SpecialIds) -> dict[str, Any]:
     """generation_config.json: generation stops at the end of a text, and at the end of a document."""
     ends = list(dict.fromkeys(end for end in (ids.eos, ids.eod) if end is not None))
     return {"bos_token_id": ids.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
-def parse_size_bytes(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` or plain bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
-    unit = match and _UNITS_BYTES.get(match[2].upper())
-    size_bytes = int(float(match[1]) * unit) if unit else 0
-    if size_bytes < 1:
-        raise UserError(f"--max-shard-size {text!r} is no size: write one such as 5GB or 500MB")
-    return size_bytes
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
 from megatron.pretrain.errors import UserError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -65,31 +67,22 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         escape_whitespaces=bool(normalizer.get(5, 1)))
 
 
-def tokenizer_json(path: Path, special_ids: Mapping[str, int]) -> Any:
+def tokenizer_json(path: Path, special_ids: Mapping[str, int]) -> Tokenizer:
     """The `tokenizers.Tokenizer` of a SentencePiece model.
 
     `special_ids` are the strings to be found literally in a text, with their ids; those that the model
     does not have must follow its pieces. Otherwise `<s>` in a text is three characters, as it is for
     SentencePiece. Raises UserError for a model that this format cannot express.
     """
-    tokenizers = _import_tokenizers()
     model = read_sentencepiece(path)
     _check_expressible(path, model)
-    tokenizer = tokenizers.Tokenizer(_bpe(tokenizers, model))
-    tokenizer.normalizer = _normalizer(tokenizers, model)
-    tokenizer.decoder = _decoder(tokenizers, model)
+    tokenizer = Tokenizer(_bpe(model))
+    tokenizer.normalizer = _normalizer(model)
+    tokenizer.decoder = _decoder(model)
     tokenizer.add_special_tokens([
-        tokenizers.AddedToken(text, special=True, normalized=False)
+        AddedToken(text, special=True, normalized=False)
         for text, _ in sorted(special_ids.items(), key=lambda item: item[1])])
     return tokenizer
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        raise UserError("writing tokenizer.json needs the tokenizers package: pip install tokenizers") from None
-    return tokenizers
 
 
 def _check_expressible(path: Path, model: SentencePieceModel) -> None:
@@ -111,7 +104,7 @@ def _check_expressible(path: Path, model: SentencePieceModel) -> None:
                         "transformers and give its folder")
 
 
-def _bpe(tokenizers: Any, model: SentencePieceModel) -> Any:
+def _bpe(model: SentencePieceModel) -> models.BPE:
     """Merges in the order of the pieces' scores: SentencePiece joins the pair that makes the best piece.
 
     A piece that can be made of several pairs has a merge for each; only normal pieces are ever joined.
@@ -124,19 +117,18 @@ def _bpe(tokenizers: Any, model: SentencePieceModel) -> Any:
         for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         if left in normal and right in normal]
     unknown = next(piece.text for piece in model.pieces if piece.is_unknown)
-    return tokenizers.models.BPE(
+    return models.BPE(
         vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
 
 
-def _normalizer(tokenizers: Any, model: SentencePieceModel) -> Any:
-    steps = [tokenizers.normalizers.Replace(" ", SPACE)]
+def _normalizer(model: SentencePieceModel) -> normalizers.Sequence:
+    steps = [normalizers.Replace(" ", SPACE)]
     if model.add_dummy_prefix:
-        steps.insert(0, tokenizers.normalizers.Prepend(SPACE))
-    return tokenizers.normalizers.Sequence(steps)
+        steps.insert(0, normalizers.Prepend(SPACE))
+    return normalizers.Sequence(steps)
 
 
-def _decoder(tokenizers: Any, model: SentencePieceModel) -> Any:
-    decoders = tokenizers.decoders
+def _decoder(model: SentencePieceModel) -> decoders.Sequence:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
         steps.append(decoders.Strip(" ", left=1, right=0))

@@ -36,6 +36,6 @@ def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor
 
 
 def split_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """`[2 x ffn, hidden]` -> gate `[ffn, hidden]`, the half that goes through SiLU, and up `[ffn, hidden]`."""
+    """`[2 x ffn, hidden]` -> gate, the half that goes through SiLU, and up, each `[ffn, hidden]`."""
     gate, up = tensor.split(shape.ffn_hidden_size)
     return gate, up
