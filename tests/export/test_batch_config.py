@@ -14,6 +14,8 @@ WHOLE = {
     "MEGATRON_CHECKPOINT_PATH": "run/checkpoint",
     "HF_CHECKPOINT_PATH": "hf", "SEQ_LEN": "8192", "GB": "1024",
     "CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS": "[10, 20.5]", "BF16": "true"}
+# A Python or a shell prints a small number as 4e-05.
+TARGETS = {"[10, 20.5]": (10_000_000_000, 20_500_000_000), "[4e-05, 1E2]": (40_000, 100_000_000_000)}
 NEEDED = ("MEGATRON_CHECKPOINT_PATH", "HF_CHECKPOINT_PATH", "CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS")
 
 
@@ -26,9 +28,14 @@ def config_file(folder: Path, values: dict[str, str]) -> Path:
 def test_the_originals_keys_are_read(tmp_path):
     config = read_config(config_file(tmp_path, WHOLE))
     assert (config.checkpoints, config.targets) == (Path("run/checkpoint"), Path("hf"))
-    assert config.keep_at_tokens == (10_000_000_000, 20_500_000_000)
     assert (config.seq_len, config.global_batch_size, config.vocab_size) == (8192, 1024, 64000)
     assert (config.tokenizer, config.bf16) == (Path("neo/tokenizer.model"), True)
+
+
+@pytest.mark.parametrize("written", TARGETS)
+def test_targets_are_billions(written: str, tmp_path):
+    values = {**WHOLE, "CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS": written}
+    assert read_config(config_file(tmp_path, values)).keep_at_tokens == TARGETS[written]
 
 
 def test_what_run_json_knows_may_be_left_out_or_empty(tmp_path):
@@ -58,6 +65,7 @@ def test_a_missing_key_is_named(key: str, tmp_path):
     ("CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS", "[]", "line 7: .* must be a list of numbers above 0"),
     ("CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS", "[10, -1]", "line 7: .* must be a list of numbers above 0"),
     ("CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS", "[.inf]", "line 7: .* must be a list of numbers above 0"),
+    ("CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS", "[true]", "line 7: .* must be a list of numbers above 0"),
     ("CKPTS_TO_KEEP_BY_BILLIONS_OF_TOKENS", "[ten]", "line 7: .* must be a list of numbers above 0"),
     ("BF16", "!!python/name:os.system", "line 8: BF16 must be true or false"),
 ])

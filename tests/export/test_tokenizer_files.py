@@ -58,9 +58,15 @@ def exported(model: Path, folder: Path, *, legacy: bool = False):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_ids_are_those_of_sentencepiece(tiny_tokenizer, tmp_path):
-    expected = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer))
-    got = exported(tiny_tokenizer, tmp_path / "hf")
+@pytest.fixture(params=["tiny", "neo"])
+def model(request: pytest.FixtureRequest, tiny_tokenizer, repository) -> Path:
+    """A small SentencePiece model, and the one this repository ships."""
+    return tiny_tokenizer if request.param == "tiny" else repository / "neo/tokenizer.model"
+
+
+def test_ids_are_those_of_sentencepiece(model, tmp_path):
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    got = exported(model, tmp_path / "hf")
     pieces = [expected.id_to_piece(number) for number in range(259, expected.vocab_size())]
     for text in (*TEXTS, *some_texts(pieces, 3000)):
         ids = expected.encode(text)

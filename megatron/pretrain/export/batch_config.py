@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +130,13 @@ def _path(value: Any) -> Path:
 
 
 def _billions(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not value or any(isinstance(item, bool) for item in value):
         raise ValueError
-    for number in value:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
-            raise ValueError
-    return tuple(round(number * 10**9) for number in value)
+    # YAML 1.1 takes 4e-05, as Python and shells print it, for text.
+    numbers = [float(item) for item in value]
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError
+    return tuple(round(number * 10**9) for number in numbers)
 
 
 _KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
