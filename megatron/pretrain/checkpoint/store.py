@@ -25,6 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.pretrain.checkpoint.manifest import TRACKER_NAME, Manifest, file_sizes, iteration_name
 from megatron.pretrain.errors import UserError
@@ -124,10 +125,12 @@ def _save_strategy() -> Any:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, then let the tracker name it; each is one atomic step."""
+    """Give a whole checkpoint its name, then let the tracker name it, in steps that each are atomic."""
+    replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     tracker = final.parent / TRACKER_NAME
     beside = tracker.with_name(f".{TRACKER_NAME}.partial")
     beside.write_text(f"{int(final.name.removeprefix('iter_'))}\n", encoding="utf-8")
@@ -137,6 +140,10 @@ def _publish(partial: Path, final: Path) -> None:
 def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(content, str(folder))
+    except CheckpointException as failure:
+        # Not an Exception; its text is the tracebacks of all ranks.
+        first, _ = next(iter(failure.failures.values()))
+        raise UserError(f"{folder}: cannot be loaded, its files are damaged: {first!r}") from failure
     except (CheckpointingException, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
 
@@ -171,6 +178,8 @@ def _set_rng(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    if "cuda" in states and torch.cuda.is_available():
+    # The generators of a CPU and of a GPU have no states in common.
+    if torch.cuda.is_available() == ("cuda" in states):
+        get_cuda_rng_tracker().set_states(states["tracker"])
+    if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
