@@ -52,7 +52,9 @@ def model_losses(model_folder: Path, windows: np.ndarray) -> Iterator[np.ndarray
     """Cross entropy in nats of every predicted token: (batch, seq_length), a batch of windows at a time."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         for start in range(0, len(windows), WINDOWS_A_BATCH):

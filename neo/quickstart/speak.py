@@ -18,7 +18,9 @@ def continuation(model_folder: Path, prompt: str, new_tokens: int) -> tuple[list
     """Ids of the prompt, ids of the `new_tokens` most likely tokens after it, and all of it as text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     prompt_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")

@@ -24,16 +24,16 @@ default DOCS_ROUNDS 2.0
 
 # The model and its training, under the launchers' names.
 default NUM_LAYERS 4
-default HIDDEN_SIZE 256
-default FFN_HIDDEN_SIZE 768
+default HIDDEN_SIZE 192
+default FFN_HIDDEN_SIZE 512
 default NUM_HEADS 4
-default NUM_KV_HEADS 1
+default NUM_KV_HEADS 2
 default SEQ_LEN 256
 default GLOBAL_BATCH_SIZE 8
 default LR 2e-3
 default PRECISION fp32
 default PHASE_2_LR 6e-4     # where phase 1 ends and phase 2 begins
-default PHASE_2_ITERS 80
+default PHASE_2_ITERS 60
 
 PROMPT='def __init__(self, '
 CONTINUATION_TOKENS=64
@@ -69,7 +69,7 @@ count_tokens() {
     counted="$("$PYTHON" tools/count_mmap_token.py \
         --mmap_path "$HOME_DIR/data/code_text_document" "$HOME_DIR/data/docs_text_document")"
     printf '%s\n' "$counted"
-    result "counted ${counted##* } tokens" "here"
+    result "counted ${counted##* } tokens" "$HOME_DIR/logs/04_count.log"
 }
 
 mix_sources() {
@@ -116,11 +116,11 @@ YML
 }
 
 speak() {
-    "$PYTHON" tools/generate.py --load "$HOME_DIR/decay/checkpoint" --prompt "$PROMPT" \
+    "$PYTHON" -m megatron.pretrain.train.greedy --load "$HOME_DIR/decay/checkpoint" --prompt "$PROMPT" \
         --max-new-tokens "$CONTINUATION_TOKENS" --json > "$HOME_DIR/continuation.json"
     "$PYTHON" neo/quickstart/speak.py --model "$(converted_model)" --prompt "$PROMPT" \
         --max-new-tokens "$CONTINUATION_TOKENS" --expect "$HOME_DIR/continuation.json"
-    result "continued '$PROMPT', as the training model does" "above"
+    result "continued '$PROMPT', as the training model does" "$HOME_DIR/logs/10_talk.log"
 }
 
 measure() {
@@ -154,7 +154,7 @@ main() {
     started=$SECONDS
     NEO_SETUP_LOG="$HOME_DIR/logs/00_environment.log" setup_env
     record 00 environment "$((SECONDS - started))" "Python, torch, megatron-core, and this repository" \
-        "$VIRTUAL_ENV"
+        "${VIRTUAL_ENV#"$ROOT"/}"
     set_for_launchers
     step 01 corpus quiet make_corpus
     step 02 tokenizer quiet train_tokenizer
@@ -176,7 +176,7 @@ set_for_launchers() {
         ENABLE_SHUFFLE KV_CHANNELS MAX_POSITION_EMBEDDINGS PY_SCRIPT_PATH WANDB_PROJECT
     export NUM_LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE NUM_HEADS NUM_KV_HEADS SEQ_LEN LR PRECISION
     export MIXTURE_ENV="$HOME_DIR/mixture.env" TOKENIZER_MODEL_PATH="$HOME_DIR/tokenizer.model"
-    export LOG_INTERVAL=10 SAVE_INTERVAL=100000 GPUS_PER_NODE=2
+    export LOG_INTERVAL=10 SAVE_INTERVAL=200 GPUS_PER_NODE=2
     # Two ranks, but a GPU takes no more than one.
     [[ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)" != 1 ]] || GPUS_PER_NODE=1
     # So that a run that goes on beside this one is not met by accident.
@@ -229,13 +229,23 @@ quiet() {
     while IFS= read -r line; do
         printf '%s\n' "$line" >> "$1"
         if [[ -t 1 ]]; then
-            printf '\r\033[K  %s' "${line:0:$((width - 3))}"
+            shorten "$line"
+            printf '\r\033[K  %s' "${SHORT:0:$((width - 3))}"
         elif ((SECONDS - last >= 15)); then
-            printf '  %s\n' "$line"
+            shorten "$line"
+            printf '  %s\n' "${SHORT:0:110}"
             last=$SECONDS
         fi
     done
     [[ ! -t 1 ]] || printf '\r\033[K'
+}
+
+# shorten LINE: sets SHORT, to what matters of a line that the trainer logs.
+shorten() {
+    local of_training='iteration +([0-9]+)/ *([0-9]+) .*tokens per second: ([0-9]+).*lm loss: ([0-9.E+-]+)'
+    SHORT="$1"
+    [[ ! "$1" =~ $of_training ]] || printf -v SHORT 'iteration %s of %s, %s tokens/s, loss %.3f' \
+        "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" "${BASH_REMATCH[4]}"
 }
 
 main "$@"
