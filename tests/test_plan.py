@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,10 +90,16 @@ def test_world_size_of_the_environment_must_be_a_number(world_size: str, run_too
                            "processes\n")
 
 
-def test_one_process_of_a_machine_tells_what_is_wrong(run_tool):
-    said = [run_tool("pretrain_gpt.py", "--num-layer", "2",
-                     env={"WORLD_SIZE": "4", "RANK": str(2 + local_rank), "LOCAL_RANK": str(local_rank)})
-            for local_rank in (0, 1)]
-    assert [one.returncode for one in said] == [2, 2]
-    assert said[0].stderr == "error: unknown flag --num-layer; the nearest known one is --num-layers\n"
-    assert said[1].stderr == ""
+def test_first_process_of_a_machine_tells_what_is_wrong_and_others_wait_for_it(repository: Path):
+    command = [sys.executable, repository / "pretrain_gpt.py", "--num-layer", "2"]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "WORLD_SIZE": "4", "RANK": str(2 + number), "LOCAL_RANK": str(number)})
+        for number in (0, 1)]
+    _, sentence = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 2
+    assert sentence == "error: unknown flag --num-layer; the nearest known one is --num-layers\n"
+    # torchrun ends the others as soon as one has failed.
+    assert processes[1].poll() is None
+    processes[1].terminate()
+    assert processes[1].communicate(timeout=60)[1] == ""

@@ -5,37 +5,44 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
 from megatron.pretrain import cli
 from megatron.pretrain.checks import settle
 from megatron.pretrain.config import RunConfig
-from megatron.pretrain.errors import EXIT_USER_ERROR, UserError
+from megatron.pretrain.errors import UserError
 from megatron.pretrain.plan import plan_lines
 from megatron.pretrain.train.inputs import Inputs, open_inputs
+
+# Long enough for a machine under load to let another process speak first.
+_GRACE_S = 20.0
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank of a training run, or print its plan with --dry-run. Returns the exit code."""
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    _set_up_logging(is_main=rank == 0)
     try:
-        invocation = cli.parse(argv)
-        world_size = world_size_of_environment()
-        config = settle(invocation.config, world_size)
-        lines = plan_lines(config, world_size)
-        if rank == 0:
-            print("\n".join(lines), flush=True)
-        inputs = None if invocation.dry_run else open_inputs(config)
+        _run(argv)
     except UserError:
-        # Processes of one machine see the same flags and files: the first says what is wrong with them.
-        if local_rank == 0:
-            raise
-        return EXIT_USER_ERROR
-    if inputs is not None:
-        _train(config, inputs)
+        # Processes of one machine mostly make the same mistake. The first tells it, and torchrun ends the
+        # others with it; where it did not make that mistake, they tell it themselves.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(_GRACE_S)
+        raise
     return 0
+
+
+def _run(argv: Sequence[str]) -> None:
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    _set_up_logging(is_main=is_main)
+    invocation = cli.parse(argv)
+    world_size = world_size_of_environment()
+    config = settle(invocation.config, world_size)
+    if is_main:
+        print("\n".join(plan_lines(config, world_size)), flush=True)
+    if not invocation.dry_run:
+        _train(config, open_inputs(config))
 
 
 def world_size_of_environment() -> int:

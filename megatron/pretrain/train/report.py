@@ -117,15 +117,16 @@ class _Interval:
 
 def open_sinks(config: RunConfig) -> list[Sink]:
     """The console, and what the configuration asks for beside it."""
-    log = config.log
-    sinks: list[Sink] = [Console()]
-    folder = _run_folder(log, config.checkpoint.save)
-    if folder is not None:
-        sinks.append(JsonLines(folder / METRICS_FILE))
+    log, folder = config.log, _run_folder(config.log, config.checkpoint.save)
+    sinks: list[Sink] = []
+    # First those that may not be installed, so that a refusal leaves no file behind.
     if log.tensorboard_dir is not None:
         sinks.append(TensorBoard(log.tensorboard_dir))
     if log.wandb_project is not None:
         sinks.append(WandB(log.wandb_project, log.wandb_exp_name, log.wandb_save_dir, config.as_dict()))
+    if folder is not None:
+        sinks.append(JsonLines(folder / METRICS_FILE))
+    sinks.append(Console())
     return sinks
 
 
