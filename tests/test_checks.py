@@ -64,14 +64,14 @@ def test_what_can_run_is_left_as_it_is(world_size, flags):
 
 
 @pytest.mark.parametrize("world_size, flags, sentence", [
-    (3, "--tensor-model-parallel-size 2", "3 processes cannot be shared out: TP 2 x PP 1 x CP 1 = 2 must divide "
-     "them; start a multiple of 2 processes or lower a parallel size"),
+    (3, "--tensor-model-parallel-size 2", "3 processes cannot be shared out: TP 2 x PP 1 x CP 1 = 2 must "
+     "divide them; start a multiple of 2 processes or lower a parallel size"),
     (6, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
      "6 processes cannot be shared out: TP 2 x PP 2 x CP 1 = 4 must divide them"),
-    (1, "--global-batch-size 7", "--global-batch-size 7 is not a multiple of micro-batch 2 x data-parallel size "
-     "1 = 2; the nearest that is: 8"),
-    (8, "--global-batch-size 3", "--global-batch-size 3 is not a multiple of micro-batch 2 x data-parallel size "
-     "8 = 16; the nearest that is: 16"),
+    (1, "--global-batch-size 7", "--global-batch-size 7 is not a multiple of micro-batch 2 x data-parallel "
+     "size 1 = 2; the nearest that is: 8"),
+    (8, "--global-batch-size 3", "--global-batch-size 3 is not a multiple of micro-batch 2 x data-parallel "
+     "size 8 = 16; the nearest that is: 16"),
     (5, "--tensor-model-parallel-size 5",
      "--num-attention-heads 12 is not a multiple of --tensor-model-parallel-size 5"),
     (2, "--tensor-model-parallel-size 2 --ffn-hidden-size 241",
@@ -85,7 +85,8 @@ def test_what_can_run_is_left_as_it_is(world_size, flags):
     (1, "--sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     (4, "--sequence-parallel --tensor-model-parallel-size 4 --seq-length 50",
      "--sequence-parallel: --seq-length 50 is not a multiple of 4"),
-    (5, "--pipeline-model-parallel-size 5", "--num-layers 12 is not a multiple of --pipeline-model-parallel-size 5"),
+    (5, "--pipeline-model-parallel-size 5",
+     "--num-layers 12 is not a multiple of --pipeline-model-parallel-size 5"),
     (1, "--num-layers-per-virtual-pipeline-stage 2",
      "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1"),
     (2, f"{INTERLEAVED} 4 --global-batch-size 8",
@@ -104,7 +105,8 @@ def test_what_can_run_is_left_as_it_is(world_size, flags):
     (1, "--recompute-granularity full", "--recompute-method and --recompute-num-layers go with "
      "--recompute-granularity full, and it needs both"),
     (1, "--recompute-method uniform", "--recompute-method and --recompute-num-layers go with"),
-    (1, "--recompute-granularity selective --recompute-num-layers 1", "--recompute-method and --recompute-num-"),
+    (1, "--recompute-granularity selective --recompute-num-layers 1",
+     "--recompute-method and --recompute-num-layers go with"),
     (1, f"{FULL} 5 --recompute-method uniform",
      "--recompute-num-layers 5 must divide the 12 layers that a rank holds in one piece"),
     (2, f"{INTERLEAVED} 3 --global-batch-size 8 {FULL} 2 --recompute-method uniform",
@@ -117,7 +119,8 @@ def test_what_can_run_is_left_as_it_is(world_size, flags):
     (1, "--min-lr 2e-3", "--min-lr 0.002 must lie between 0 and --lr 0.001"),
     (1, "--lr-warmup-init 1", "--lr-warmup-init 1.0 must lie between 0 and --lr 0.001"),
     (1, "--lr-decay-style wsd --wsd_decay_ratio 0", "--wsd_decay_ratio 0.0: must be above 0 and at most 1"),
-    (1, "--lr-decay-style wsd --lr_stable_steps 999", "--lr_stable_steps 999: must be from 0 to the 200 samples"),
+    (1, "--lr-decay-style wsd --lr_stable_steps 999",
+     "--lr_stable_steps 999: must be from 0 to the 200 samples"),
     (1, "--save-interval 5", "--save-interval needs --save, the folder to save to"),
     (1, "--finetune", "--finetune needs --load, the checkpoint whose weights to start from"),
 ])
@@ -135,7 +138,8 @@ def test_rule_is_told_in_one_sentence(world_size, flags, sentence):
     ("--global-batch-size -2", "--global-batch-size -2: must be 1 or more"),
     ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be 1 or more"),
     ("--context-parallel-size -1", "--context-parallel-size -1: must be 1 or more"),
-    ("--num-layers-per-virtual-pipeline-stage 0", "--num-layers-per-virtual-pipeline-stage 0: must be 1 or more"),
+    ("--num-layers-per-virtual-pipeline-stage 0",
+     "--num-layers-per-virtual-pipeline-stage 0: must be 1 or more"),
     ("--recompute-num-layers 0", "--recompute-num-layers 0: must be 1 or more"),
     ("--train-iters 0", "--train-iters 0: must be 1 or more"),
     ("--lr-decay-iters 0", "--lr-decay-iters 0: must be 1 or more"),

@@ -32,8 +32,8 @@ def plan(model: str, vocab_size: int, flags: str = "", world_size: int = 1) -> d
     return {line.split()[0]: line.partition(" ")[2].strip() for line in lines}
 
 
-# NEO's counts are those of its published checkpoints. CT-LLM-2B: 32 x (4 x 2048^2 + 3 x 2048 x 5504 + 2 x 2048)
-# + 2048 + 2 x 125696 x 2048, the rows being those of Baichuan's 125,696 ids.
+# NEO's counts are those of its published checkpoints. CT-LLM-2B, with the rows of Baichuan's 125,696 ids:
+# 32 x (4 x 2048^2 + 3 x 2048 x 5504 + 2 x 2048) + 2048 + 2 x 125696 x 2048.
 @pytest.mark.parametrize("model, vocab_size, parameters", [
     ("NEO-7B", 64000, 7_792_143_360), ("NEO-7B", 64256, 7_793_716_224),
     ("NEO-2B", 64000, 2_244_028_416), ("NEO-2B", 64256, 2_245_076_992),
@@ -50,8 +50,8 @@ def test_vocabulary_is_padded_for_tensor_parallel_ranks():
 
 
 def test_batch_step_and_length_follow_from_the_layout():
-    said = plan("NEO-7B", 64000, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer "
-                "--global-batch-size 1024 --exit-interval 2000", world_size=64)
+    said = plan("NEO-7B", 64000, "--tensor-model-parallel-size 2 --sequence-parallel "
+                "--use-distributed-optimizer --global-batch-size 1024 --exit-interval 2000", world_size=64)
     assert said["layout"] == ("64 processes = TP 2 x PP 1 x CP 1 x DP 32, sequence parallel, distributed "
                               "optimizer")
     assert said["batch"] == "1,024 samples = micro-batch 1 x DP 32 x 32 accumulated"
@@ -92,10 +92,10 @@ def test_world_size_of_the_environment_must_be_a_number(world_size: str, run_too
 
 def test_first_process_of_a_machine_tells_what_is_wrong_and_others_wait_for_it(repository: Path):
     command = [sys.executable, repository / "pretrain_gpt.py", "--num-layer", "2"]
-    processes = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                         env={**os.environ, "WORLD_SIZE": "4", "RANK": str(2 + number), "LOCAL_RANK": str(number)})
-        for number in (0, 1)]
+    second_machine = [{"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0"},
+                      {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **place})
+                 for place in second_machine]
     _, sentence = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 2
     assert sentence == "error: unknown flag --num-layer; the nearest known one is --num-layers\n"

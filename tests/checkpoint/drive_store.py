@@ -28,8 +28,8 @@ from megatron.pretrain.layout import placed
 from megatron.pretrain.model.build import build_model
 from megatron.pretrain.optim.optimizer import apply_schedule, build_optimizer, parts, step
 
-SHAPE = ("--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention "
-         "--num-query-groups 2 --seq-length 8 --micro-batch-size 1 --train-iters 9 --lr 0.1 "
+SHAPE = ("--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+         "--group-query-attention --num-query-groups 2 --seq-length 8 --micro-batch-size 1 --train-iters 9 --lr 0.1 "
          "--untie-embeddings-and-output-weights").split()
 ROWS, MORE_ROWS = 128, 160
 
@@ -101,7 +101,8 @@ def other_rows(config: RunConfig, root: Path) -> dict[str, Any]:
     chunks, optimizer = built(config, rows=MORE_ROWS, seed=2)
     load_everything(root / "iter_0000001", chunks, optimizer, updates=1, with_rng=False)
     embedding = weights(chunks)[0]
-    return {"same": all(new[:len(old)] == old for old, new in zip(weights(saved), weights(chunks), strict=True)),
+    pairs = zip(weights(saved), weights(chunks), strict=True)
+    return {"same": all(new[:len(old)] == old for old, new in pairs),
             "rows": len(embedding), "zeros": not any(map(any, embedding[ROWS:]))}
 
 
@@ -116,8 +117,9 @@ def finetune(config: RunConfig, root: Path) -> dict[str, Any]:
     masters = [parameter.tolist() for part in parts(optimizer) for group in part.optimizer.param_groups
                for parameter in group["params"]]
     rounded = [torch.tensor(weight).bfloat16().tolist() for weight in weights(saved)]
-    return {"weights": weights(chunks) == rounded, "masters": sorted(masters, key=str) == sorted(rounded, key=str),
-            "moments": sum(len(state) for part in parts(optimizer) for state in part.optimizer.state.values())}
+    moments = [state for part in parts(optimizer) for state in part.optimizer.state.values() if state]
+    return {"weights": weights(chunks) == rounded, "moments": len(moments),
+            "masters": sorted(masters, key=str) == sorted(rounded, key=str)}
 
 
 def damage(config: RunConfig, root: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `--load` finds, and what of it this run may start from: a sentence for everything that does not fit."""
+"""What `--load` finds, and what of it a run may start from: a sentence for everything that does not fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 
 from megatron.pretrain.checkpoint.manifest import (
     SCHEDULE_SETTINGS, SHAPE_SETTINGS, TRACKER_NAME, Manifest, check_can_save, check_same_data,
-    check_same_model, check_same_schedule, check_same_tokenizer, file_sizes, find_checkpoint, package_versions,
-    read_manifest)
+    check_same_model, check_same_schedule, check_same_tokenizer, file_sizes, find_checkpoint,
+    package_versions, read_manifest)
 from megatron.pretrain.checks import settle
 from megatron.pretrain.cli import parse
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
 
-TOKENIZER = {"type": "NullTokenizer", "fingerprint": "f" * 64, "vocab_size": 100, "eod_id": 99, "bos_id": None,
-             "eos_id": 99}
+TOKENIZER = {"type": "NullTokenizer", "fingerprint": "f" * 64, "vocab_size": 100, "eod_id": 99,
+             "bos_id": None, "eos_id": 99}
 
 
 def config_of(*flags: str) -> RunConfig:
@@ -29,8 +29,8 @@ def config_of(*flags: str) -> RunConfig:
 
 def manifest_of(config: RunConfig) -> Manifest:
     return Manifest(
-        iteration=100, consumed_samples=800, consumed_tokens=25600, config=config.as_dict(), tokenizer=TOKENIZER,
-        mixture_hash="a" * 64, train_state={"iteration": 100}, versions=package_versions())
+        iteration=100, consumed_samples=800, consumed_tokens=25600, config=config.as_dict(),
+        tokenizer=TOKENIZER, mixture_hash="a" * 64, train_state={"iteration": 100}, versions=package_versions())
 
 
 @pytest.fixture
@@ -164,8 +164,8 @@ def test_other_data_is_refused_unless_overridden():
     check_same_data(manifest, "a" * 64, FOLDER, override=False)
     check_same_data(manifest, "b" * 64, FOLDER, override=True)
     assert mistake(check_same_data, manifest, "b" * 64, FOLDER, override=False) == (
-        f"{FOLDER}: was trained on another mixture or sample order (hash aaaaaaaaaaaa there, bbbbbbbbbbbb here); "
-        "go on with --override-data, or start anew from its weights with --finetune")
+        f"{FOLDER}: was trained on another mixture or sample order (hash aaaaaaaaaaaa there, bbbbbbbbbbbb "
+        "here); go on with --override-data, or start anew from its weights with --finetune")
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -84,4 +84,5 @@ def test_random_states_are_taken_over_only_when_asked(facts: dict):
 
 
 def test_damaged_file_is_told_in_a_sentence(root: Path, facts: dict):
-    assert facts["damage"] == f"{root}/damage/iter_0000001: cannot be loaded, its files are damaged: EOFError()"
+    assert facts["damage"] == (
+        f"{root}/damage/iter_0000001: cannot be loaded, its files are damaged: EOFError()")

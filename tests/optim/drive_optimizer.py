@@ -1,4 +1,4 @@
-"""Run by test_optimizer.py under torchrun: drives each optimizer, and says on rank 0 what became of the state.
+"""Run by test_optimizer.py under torchrun: drives each optimizer, and says what became of its state.
 
     torchrun --nproc_per_node 2 drive_optimizer.py TENSOR_PARALLEL_SIZE FOLDER
 """
@@ -120,7 +120,8 @@ def snapshot(chunks: list, optimizer: Any) -> list[list[float]]:
     """Every number that an update may change."""
     tensors = [parameter.detach() for parameter in chunks[0].parameters()]
     for part in parts(optimizer):
-        tensors += [parameter.detach() for group in part.optimizer.param_groups for parameter in group["params"]]
+        tensors += [parameter.detach() for group in part.optimizer.param_groups
+                    for parameter in group["params"]]
     for state in states(optimizer):
         tensors += [state[name] for name in ("step", "exp_avg", "exp_avg_sq")]
     return [tensor.double().flatten().tolist() for tensor in tensors]

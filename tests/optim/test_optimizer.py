@@ -36,7 +36,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms(facts: dict, variant: st
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(facts: dict, variant: str, value: str):
+def test_gradient_not_finite_on_one_rank_changes_nothing_on_any(facts: dict, variant: str, value: str):
     for rank in facts[variant]:
         assert rank["skipped"][value] == {"updated": False, "is_finite": False, "untouched": True}
         assert rank["moved"], "the step after it must be made"

@@ -13,8 +13,9 @@ import pytest
 from megatron.pretrain.checkpoint.manifest import TRACKER_NAME
 
 ITERATIONS = 3
-RUN = ("--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --seq-length 32 "
-       f"--micro-batch-size 2 --global-batch-size 4 --train-iters {ITERATIONS} --lr 1e-3 --log-interval 1").split()
+RUN = (f"--train-iters {ITERATIONS} --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 "
+       "--num-attention-heads 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 "
+       "--log-interval 1").split()
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +35,8 @@ def pretrain(run_tool, tiny_dataset: Path, tiny_tokenizer: Path):
     """`pretrain(folder, *flags)` runs pretrain_gpt.py as one process; later flags win over its own."""
 
     def run(folder: Path, *flags: str | Path) -> CompletedProcess[str]:
-        return run_tool("pretrain_gpt.py", *RUN, "--data-path", tiny_dataset, "--tokenizer-model", tiny_tokenizer,
-                        "--save", folder / "checkpoint", *flags,
+        return run_tool("pretrain_gpt.py", *RUN, "--data-path", tiny_dataset, "--tokenizer-model",
+                        tiny_tokenizer, "--save", folder / "checkpoint", *flags,
                         env={"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
 
     return run
@@ -118,13 +119,14 @@ def test_tokenizer_that_does_not_exist(refused):
 
 def test_more_iterations_than_a_mixture_of_tokens_holds(refused, tiny_dataset: Path):
     said = refused("--data-weights", "tokens", "--data-path", 100, tiny_dataset)
-    assert said.startswith("--train-iters: asks for 12 samples of 32 tokens, and the weights of --data-path allow 4 ")
+    assert said.startswith("--train-iters: asks for 12 samples of 32 tokens, and the weights of --data-path "
+                           "allow 4 ")
 
 
 def test_evaluation_without_a_validation_split(refused, tiny_dataset: Path):
     assert refused("--eval-iters", 1) == (
-        f"{tiny_dataset}: 0 of its 79 documents are in this part of --split, with 0 tokens; a source needs at "
-        "least 2")
+        f"{tiny_dataset}: 0 of its 79 documents are in this part of --split, with 0 tokens; a source needs "
+        "at least 2")
 
 
 def test_more_evaluation_than_a_mixture_of_tokens_holds(refused, tiny_dataset: Path):
@@ -137,7 +139,8 @@ def test_folder_to_save_to_that_is_a_file(pretrain, tmp_path: Path):
     (tmp_path / "checkpoint").write_text("a file")
     said = pretrain(tmp_path)
     assert (said.returncode, said.stderr) == (
-        2, f"error: --save {tmp_path}/checkpoint: {tmp_path}/checkpoint is not a folder that can be written to\n")
+        2, f"error: --save {tmp_path}/checkpoint: {tmp_path}/checkpoint is not a folder that can be written "
+        "to\n")
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
@@ -184,8 +187,8 @@ def test_other_data_is_refused_until_it_is_overridden(pretrain, refused, trained
                                                       tmp_path: Path):
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{tiny_dataset}{suffix}", tmp_path / f"moved_and_renamed{suffix}")
-    flags = ["--load", trained, "--data-path", tmp_path / "moved_and_renamed", "--train-iters", ITERATIONS + 1,
-             "--override-opt_param-scheduler"]
+    flags = ["--load", trained, "--data-path", tmp_path / "moved_and_renamed",
+             "--train-iters", ITERATIONS + 1, "--override-opt_param-scheduler"]
     said = refused(*flags)
     assert said.startswith(f"{trained}/iter_0000003: was trained on another mixture or sample order (hash ")
     assert said.endswith("go on with --override-data, or start anew from its weights with --finetune")
@@ -214,7 +217,8 @@ def test_processes_of_a_machine_say_it_once(train, tmp_path: Path):
 
 
 def test_layout_that_does_not_fit_the_processes(train, tmp_path: Path):
-    ran = train(tmp_path, "--train-iters", 3, "--tensor-model-parallel-size", 4, processes=2, expect_failure=True)
+    ran = train(tmp_path, "--train-iters", 3, "--tensor-model-parallel-size", 4, processes=2,
+                expect_failure=True)
     assert ran.returncode == 1
     assert "error: 2 processes cannot be shared out: TP 4 x PP 1 x CP 1 = 4 must divide them" in ran.output
     assert not list(tmp_path.iterdir())

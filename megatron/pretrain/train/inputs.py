@@ -1,4 +1,4 @@
-"""What a run reads: tokenizer, data, and the checkpoint it starts from. Judged before anything is built; no torch."""
+"""What a run reads, judged before anything is built: tokenizer, data, a checkpoint to start from. No torch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def blend_of(data: DataConfig) -> list[Blended]:
     except OSError as error:
         raise UserError(f"--data-args-path {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--data-args-path {path}: is not text; it must hold what --data-path takes") from None
+        raise UserError(f"--data-args-path {path}: not text; it must hold what --data-path takes") from None
 
 
 def describe_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
