@@ -29,8 +29,8 @@ from megatron.pretrain.model.build import build_model
 from megatron.pretrain.optim.optimizer import apply_schedule, build_optimizer, parts, step
 
 SHAPE = ("--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
-         "--group-query-attention --num-query-groups 2 --seq-length 8 --micro-batch-size 1 --train-iters 9 --lr 0.1 "
-         "--untie-embeddings-and-output-weights").split()
+         "--group-query-attention --num-query-groups 2 --seq-length 8 --micro-batch-size 1 --train-iters 9 "
+         "--lr 0.1 --untie-embeddings-and-output-weights").split()
 ROWS, MORE_ROWS = 128, 160
 
 

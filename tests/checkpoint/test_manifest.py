@@ -30,7 +30,8 @@ def config_of(*flags: str) -> RunConfig:
 def manifest_of(config: RunConfig) -> Manifest:
     return Manifest(
         iteration=100, consumed_samples=800, consumed_tokens=25600, config=config.as_dict(),
-        tokenizer=TOKENIZER, mixture_hash="a" * 64, train_state={"iteration": 100}, versions=package_versions())
+        tokenizer=TOKENIZER, mixture_hash="a" * 64, train_state={"iteration": 100},
+        versions=package_versions())
 
 
 @pytest.fixture

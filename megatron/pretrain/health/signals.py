@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -17,7 +18,7 @@ class StopRequests:
     """
 
     def __init__(self, limit_minutes: float | None) -> None:
-        self._deadline_s = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+        self._deadline_s = math.inf if limit_minutes is None else time.monotonic() + 60 * limit_minutes
         self._signal: str | None = None
         self._before: dict[int, object] = {}
 
@@ -29,11 +30,16 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    @property
+    def reason(self) -> str | None:
+        """What asked this rank to stop; None if nothing did."""
+        if self._signal is None and time.monotonic() >= self._deadline_s:
+            return "--exit-duration-in-mins"
+        return self._signal
+
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. A collective call: every rank must make it."""
-        wanted = self._signal is not None or (
-            self._deadline_s is not None and time.monotonic() >= self._deadline_s)
-        flag = torch.tensor(float(wanted), device=torch.cuda.current_device())
+        flag = torch.tensor(float(self.reason is not None), device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 

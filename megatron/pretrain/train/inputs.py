@@ -1,4 +1,4 @@
-"""What a run reads, judged before anything is built: tokenizer, data, a checkpoint to start from. No torch."""
+"""What a run reads, judged before anything is built: tokenizer, data, a checkpoint to start from."""
 
 from __future__ import annotations
 

@@ -34,12 +34,14 @@ def train(run: Run, reporter: Reporter) -> None:
             reporter.after_iteration(state, loss, outcome, learning_rate, loader.take_wait_ms())
             if run.valid_dataset is not None and state.iteration % config.eval_interval == 0:
                 reporter.after_evaluation(state, evaluate(run, run.valid_dataset))
-            leaving = stop.agreed() or is_multiple(state.iteration, config.exit_interval)
+            asked = stop.agreed()
+            leaving = asked or is_multiple(state.iteration, config.exit_interval)
             if leaving or is_multiple(state.iteration, run.config.checkpoint.save_interval) \
                     or state.iteration == config.train_iters:
                 save(run, reporter)
             if leaving:
-                logger.info("leaving at iteration %d of %d", state.iteration, config.train_iters)
+                reason = (stop.reason or "asked on another rank") if asked else "--exit-interval"
+                logger.info("leaving at iteration %d of %d (%s)", state.iteration, config.train_iters, reason)
                 break
 
 
