@@ -116,7 +116,9 @@ YML
 }
 
 speak() {
-    "$PYTHON" -m megatron.pretrain.train.greedy --load "$HOME_DIR/decay/checkpoint" --prompt "$PROMPT" \
+    # The engine warns of every accelerator's library that is not here.
+    PYTHONWARNINGS=ignore "$PYTHON" -m megatron.pretrain.train.greedy \
+        --load "$HOME_DIR/decay/checkpoint" --prompt "$PROMPT" \
         --max-new-tokens "$CONTINUATION_TOKENS" --json > "$HOME_DIR/continuation.json"
     "$PYTHON" neo/quickstart/speak.py --model "$(converted_model)" --prompt "$PROMPT" \
         --max-new-tokens "$CONTINUATION_TOKENS" --expect "$HOME_DIR/continuation.json"
@@ -167,7 +169,7 @@ main() {
     step 09 convert quiet convert
     step 10 talk shown speak
     step 11 measure shown measure
-    "$PYTHON" neo/quickstart/report.py "$HOME_DIR/steps"
+    "$PYTHON" neo/quickstart/report.py "$HOME_DIR"
 }
 
 # What the launchers read; what they would else take from a run that this shell was set up for is dropped.
@@ -217,7 +219,8 @@ step() {
 # What a step did and where: for the table at the end.
 result() { printf '%s\t%s\n' "$1" "$2" > "$RESULT_FILE"; }
 
-record() { printf '%s\t%s\t%s\t%s\n' "$2" "$3" "$4" "$5" > "$HOME_DIR/steps/$1"; }
+# record NUMBER NAME SECONDS WHAT WHERE
+record() { printf '%s\t%s\t%s\t%s\n' "$2" "$3" "$4" "${5#"$HOME_DIR"/}" > "$HOME_DIR/steps/$1"; }
 
 shown() { tee "$1"; }
 

@@ -267,8 +267,9 @@ def test_quickstart_empties_no_folder_that_is_not_its_own(tmp_path: Path):
 
 
 def test_the_report_has_a_row_for_each_step(tmp_path: Path, run_tool):
-    (tmp_path / "01").write_text("corpus\t3\twrote documents\tout/corpus/\n")
-    (tmp_path / "02").write_text("tokenizer\t57\tlearnt pieces\tout/t.model\n")
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "01").write_text("corpus\t3\twrote documents\tout/corpus/\n")
+    (tmp_path / "steps" / "02").write_text("tokenizer\t57\tlearnt pieces\tout/t.model\n")
     outcome = run_tool(PARTS / "report.py", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.index("corpus") < outcome.stdout.index("tokenizer")
