@@ -27,6 +27,8 @@ def train(run: Run, reporter: Reporter) -> None:
                 stop_samples=total_samples(run), num_workers=run.config.data.num_workers) as loader, \
             StopRequests(config.exit_duration_in_mins) as stop:
         reporter.start(state)
+        if state.iteration >= config.train_iters:
+            logger.info("nothing is left to do: iteration %d of %d", state.iteration, config.train_iters)
         while state.iteration < config.train_iters:
             learning_rate = run.schedule(state.consumed_samples)
             loss, outcome = train_step(run, loader, learning_rate)
