@@ -53,6 +53,8 @@ def placed(config: RunConfig) -> Iterator[Place]:
         # Every pipeline stage has a generator of its own, as in Megatron-LM.
         _seed(config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         if config.train.deterministic_mode:
+            # cuBLAS is deterministic only with workspaces of a fixed size; torch insists on them.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         yield Place(
             rank=dist.get_rank(), world_size=dist.get_world_size(), device=device,
