@@ -28,6 +28,8 @@ def engine_on_cpu() -> Iterator[None]:
         raise RuntimeError("CUDA is present: the CPU stand-ins would hide it")
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda *_: None
+    # megatron-core 0.19 asks for the stream that CUDA graphs would have it wait on; there are none.
+    torch.cuda.current_stream = lambda *_: None
     engine_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     engine_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     engine_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()

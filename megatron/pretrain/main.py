@@ -56,6 +56,8 @@ def world_size_of_environment() -> int:
 def _train(config: RunConfig, inputs: Inputs) -> None:
     # The engine takes seconds to import, which neither --help, --dry-run nor a mistake should wait for.
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    # The engine looks at .grad of views of its buffers, on purpose; the warning names our file, not its own.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron.pretrain.layout import placed
     from megatron.pretrain.train.report import Reporter
     from megatron.pretrain.train.run import assemble

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.pretrain.checkpoint.manifest import (
     SCHEDULE_SETTINGS, SHAPE_SETTINGS, TRACKER_NAME, Manifest, check_can_save, check_same_data,
-    check_same_model, check_same_schedule, check_same_tokenizer, file_sizes, find_checkpoint,
+    check_same_model, check_same_precision, check_same_schedule, check_same_tokenizer, file_sizes, find_checkpoint,
     package_versions, read_manifest)
 from megatron.pretrain.checks import settle
 from megatron.pretrain.cli import parse
@@ -182,6 +182,14 @@ def test_another_schedule_is_refused_unless_overridden(flags: list[str], sentenc
     said = mistake(check_same_schedule, manifest, config_of(*flags), FOLDER)
     assert said == f"{FOLDER}: another schedule: {sentence}; --override-opt_param-scheduler takes the flags'"
     check_same_schedule(manifest, config_of(*flags, "--override-opt_param-scheduler"), FOLDER)
+
+
+@pytest.mark.parametrize(("saved", "flags"), [("fp32", ["--bf16"]), ("bf16", [])])
+def test_optimizer_of_another_precision_is_refused(saved: str, flags: list[str]):
+    manifest = manifest_of(config_of(*(["--bf16"] if saved == "bf16" else [])))
+    said = mistake(check_same_precision, manifest, config_of(*flags), FOLDER)
+    assert said.startswith(f"{FOLDER}: was trained in {saved}, and this run is ") and "--no-load-optim" in said
+    check_same_precision(manifest, config_of(*flags, "--no-load-optim"), FOLDER)
 
 
 def test_what_is_no_part_of_the_schedule_may_change():

@@ -154,6 +154,14 @@ def check_same_data(manifest: Manifest, mixture_hash: str, folder: Path, *, over
                         "--override-data, or start anew from its weights with --finetune")
 
 
+def check_same_precision(manifest: Manifest, config: RunConfig, folder: Path) -> None:
+    """Refuse to resume the optimizer in another precision: fp32 master weights are there in bf16 runs alone."""
+    saved, wanted = ("bf16" if bf16 else "fp32" for bf16 in (manifest.config["train"]["bf16"], config.train.bf16))
+    if saved != wanted and not config.checkpoint.no_load_optim:
+        raise UserError(f"{folder}: was trained in {saved}, and this run is {wanted} (--bf16); resume as it was, or "
+                        "take the weights alone with --finetune, or without the optimizer with --no-load-optim")
+
+
 def check_same_schedule(manifest: Manifest, config: RunConfig, folder: Path) -> None:
     """Refuse to resume on another schedule, unless told to."""
     if config.checkpoint.override_opt_param_scheduler:

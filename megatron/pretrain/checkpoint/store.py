@@ -120,7 +120,7 @@ def _save_strategy() -> Any:
     # another process. Here they are read where they are put.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
     return FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist", 1),
+        get_default_save_sharded_strategy(),
         parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 

@@ -88,5 +88,6 @@ def _open_checkpoint(config: RunConfig, tokenizer: Tokenizer, dataset: PretrainD
     if not config.checkpoint.finetune:
         override = config.checkpoint.override_data
         manifests.check_same_data(manifest, dataset.content_hash(), folder, override=override)
+        manifests.check_same_precision(manifest, config, folder)
         manifests.check_same_schedule(manifest, config, folder)
     return Checkpoint(folder, manifest)
