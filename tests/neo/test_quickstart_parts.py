@@ -138,17 +138,17 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Pat
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron.pretrain.config import TokenizerConfig
+    from megatron.pretrain.export.sentencepiece_json import tokenizer_json
     from megatron.pretrain.export.tokenizer_files import TokenizerSource, write_tokenizer
-    from megatron.pretrain.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=128, tie_word_embeddings=False)).save_pretrained(folder)
-    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(tiny_tokenizer)))
-    write_tokenizer(TokenizerSource(tiny_tokenizer, tokenizer, legacy=False), folder, 128)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    source = TokenizerSource(tiny_tokenizer, tokenizer_json(tiny_tokenizer, {}), roles, finds_special_strings=False)
+    write_tokenizer(source, folder, 128)
     return folder
 
 
