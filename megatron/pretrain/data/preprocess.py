@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from megatron.pretrain import __version__
 from megatron.pretrain.config import TokenizerConfig
-from megatron.pretrain.data.documents import (
-    BadDocument, Chunk, Source, cut_into_chunks, open_source, read_texts)
+from megatron.pretrain.data.documents import BadDocument, Chunk, Source, cut_into_chunks, open_source
+from megatron.pretrain.data.encoders import Encoder, choose_encoder
 from megatron.pretrain.data.indexed import IndexedWriter, token_dtype
 from megatron.pretrain.data.progress import ByteProgress
 from megatron.pretrain.data.workers import OrderedWorkers
@@ -60,45 +57,6 @@ class Summary:
     seconds: float
 
 
-@dataclass(frozen=True)
-class EncodedTexts:
-    """One key's texts of a chunk: the tokens end to end, and how many each document has (int32)."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-
-
-class Encoder(Protocol):
-    """Turns a chunk of a file into tokens, for each key; runs inside the workers, so it can be pickled."""
-
-    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
-        """Raises BadDocument for the chunk's first line that is no document."""
-
-
-@dataclass(frozen=True)
-class PythonEncoder:
-    """orjson reads the lines, the tokenizer encodes one text at a time."""
-
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    append_eod: bool
-
-    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
-        return [self._encode(texts) for texts in read_texts(chunk, self.keys)]
-
-    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        documents = [self.tokenizer.encode(text) for text in texts]
-        if self.append_eod:
-            for ids in documents:
-                if ids:  # Megatron-LM ends no document that holds nothing
-                    ids.append(self.tokenizer.eod_id)
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        tokens = np.fromiter(itertools.chain.from_iterable(documents), token_dtype(self.tokenizer.vocab_size),
-                             int(lengths.sum(dtype=np.int64)))
-        return EncodedTexts(tokens, lengths, sum(len(text.encode()) for text in texts))
-
-
 def preprocess(config: PreprocessConfig) -> Summary:
     """Write one token set a key, in the order of the input; all of them, or none where anything is wrong.
 
@@ -110,7 +68,8 @@ def preprocess(config: PreprocessConfig) -> Summary:
     tokenizer = build_tokenizer(config.tokenizer)
     prefixes = [f"{config.output_prefix}_{key}_document" for key in config.json_keys]
     _check_outputs(config, prefixes)
-    encoder = PythonEncoder(tokenizer, config.json_keys, config.append_eod)
+    encoder, which = choose_encoder(tokenizer, config.json_keys, config.append_eod)
+    print(which, flush=True)
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)))
                    for prefix in prefixes]
