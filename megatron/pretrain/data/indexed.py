@@ -60,7 +60,7 @@ class IndexedTokens:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = dataset_prefix(prefix)
-        self.dtype, self.sequence_lengths, offsets_bytes, self.document_index = _map_index(self.prefix)
+        self.dtype, self.sequence_lengths, offsets_bytes, self.document_index = map_index(self.prefix)
         self.n_documents = len(self.document_index) - 1
         self.n_tokens = _tokens_of(self.dtype, self.sequence_lengths, offsets_bytes)
         self.tokens = _map_tokens(f"{self.prefix}.bin", self.dtype, self.n_tokens)
@@ -68,7 +68,7 @@ class IndexedTokens:
 
 def count_tokens(prefix: str | os.PathLike[str]) -> int:
     """Tokens of the set at `prefix`: where its last sequence ends, read off its .idx alone."""
-    return _tokens_of(*_map_index(dataset_prefix(prefix))[:3])
+    return _tokens_of(*map_index(dataset_prefix(prefix))[:3])
 
 
 def _tokens_of(dtype: np.dtype, sequence_lengths: np.ndarray, offsets_bytes: np.ndarray) -> int:
@@ -77,7 +77,7 @@ def _tokens_of(dtype: np.dtype, sequence_lengths: np.ndarray, offsets_bytes: np.
     return int(offsets_bytes[-1]) // dtype.itemsize + int(sequence_lengths[-1])
 
 
-def _map_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def map_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """dtype of the tokens, sequence lengths, sequence offsets in bytes, document index."""
     path = f"{prefix}.idx"
     with _reading(path), open(path, "rb") as file:
@@ -201,9 +201,9 @@ class IndexedWriter:
             tokens = open(f"{source.prefix}.bin", "rb", buffering=0)
         with tokens, writing(f"{self.prefix}.bin"):
             copy_file(tokens, self._bin)
-        for block in _blocks(source.sequence_lengths):
+        for block in blocks(source.sequence_lengths):
             self._write(self._lengths, np.ascontiguousarray(block))
-        for block in _blocks(source.document_index[1:]):
+        for block in blocks(source.document_index[1:]):
             self._write(self._documents, block + np.int64(self.position.sequences))
         self._advance(source.n_tokens, len(source.sequence_lengths), source.n_documents)
 
@@ -242,19 +242,20 @@ class IndexedWriter:
         code = CODE_OF_DTYPE[self.dtype]
         yield HEADER.pack(MAGIC, 1, code, self.position.sequences, self.position.documents + 1)
         lengths = _map(part_name(self._lengths_name), "<i4", 0, self.position.sequences)
-        for block in _blocks(lengths):
+        for block in blocks(lengths):
             yield block.data
         end_bytes = 0
-        for block in _blocks(lengths):
+        for block in blocks(lengths):
             ends_bytes = end_bytes + np.cumsum(block, dtype="<i8") * self.dtype.itemsize
             yield np.concatenate([np.array([end_bytes], "<i8"), ends_bytes[:-1]]).data
             end_bytes = int(ends_bytes[-1])
         yield bytes(8)
-        for block in _blocks(_map(part_name(self._documents_name), "<i8", 0, self.position.documents)):
+        for block in blocks(_map(part_name(self._documents_name), "<i8", 0, self.position.documents)):
             yield block.data
 
 
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """`values` in parts that fit into memory."""
     for begin in range(0, len(values), BLOCK):
         yield np.asarray(values[begin:begin + BLOCK])
 
