@@ -102,6 +102,9 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
     parser.add_argument("--shard", type=parse_shard, default=Shard(), metavar="I/N",
                         help="do the I-th of N parts of the input, from 1, to PREFIX_0000I-of-0000N; "
                         "tools/merge_datasets.py joins them")
+    parser.add_argument("--encoder", choices=("auto", "library"), default="auto",
+                        help="auto: the native encoder where it was built and covers the model; library: the "
+                        "tokenizer's own, slower, with the same ids (default: %(default)s)")
     parser.add_argument("--keep-sequential-samples", action="store_true",
                         help="keep the order of the input, which is always kept; the original asks for it")
     flags = parser.parse(argv)
@@ -111,7 +114,8 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(flags.input), output_prefix=flags.output_prefix, tokenizer=tokenizer,
         json_keys=tuple(dict.fromkeys(flags.json_keys or ("text",))), append_eod=flags.append_eod,
-        workers=flags.workers, skip_bad_lines=flags.on_error == "skip", shard=flags.shard, resume=flags.resume)
+        workers=flags.workers, skip_bad_lines=flags.on_error == "skip", shard=flags.shard, resume=flags.resume,
+        native_encoder=flags.encoder == "auto")
 
 
 def _cores() -> int:

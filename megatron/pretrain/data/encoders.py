@@ -10,17 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron.pretrain.data.documents import Chunk, read_texts
+from megatron.pretrain.data.encoded import EncodedTexts
 from megatron.pretrain.data.indexed import token_dtype
-from megatron.pretrain.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """One key's texts of a chunk: the tokens end to end, and how many each document has (int32)."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
+from megatron.pretrain.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
 class Encoder(Protocol):
@@ -53,7 +45,33 @@ class PythonEncoder:
         return EncodedTexts(tokens, lengths, sum(len(text.encode()) for text in texts))
 
 
-def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> tuple[Encoder, str]:
-    """The fastest encoder that gives `tokenizer`'s ids, and a line that says which it is and why."""
-    return (PythonEncoder(tokenizer, keys, append_eod),
-            f"encoder: {type(tokenizer).__name__}'s own library, one text at a time")
+def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, *,
+                   native: bool = True) -> tuple[Encoder, str]:
+    """The fastest encoder that gives `tokenizer`'s ids, and a line that says which it is and why.
+
+    native: whether the one in C++ may be chosen.
+    """
+    try:
+        if native:
+            return _native_encoder(tokenizer, keys, append_eod), "encoder: native, a sample checked"
+        why = "as --encoder library asks"
+    except _NotNative as reason:
+        why = f"not the native one: {reason}"
+    return PythonEncoder(tokenizer, keys, append_eod), f"encoder: {type(tokenizer).__name__}'s library, {why}"
+
+
+class _NotNative(Exception):
+    """Why the native encoder is not used."""
+
+
+def _native_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> Encoder:
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise _NotNative("it encodes as the SentencePieceTokenizer alone does")
+    try:
+        from megatron.pretrain.data.native_encoder import Declined, NativeEncoder
+    except ImportError:
+        raise _NotNative("it was not built; `pip install -e .` builds it, given a C++ compiler") from None
+    try:
+        return NativeEncoder(tokenizer, keys, append_eod)
+    except Declined as reason:
+        raise _NotNative(f"{reason}, which it does not cover") from None

@@ -38,6 +38,7 @@ class PreprocessConfig:
     skip_bad_lines: leave them out and list them in PREFIX_rejects.jsonl; otherwise the first ends the run.
     shard: the part of the inputs to do; one of several has its number in the names of its files.
     resume: go on from where an interrupted run of the same settings stopped.
+    native_encoder: use the one in C++ where it was built and covers the model.
     """
 
     inputs: tuple[str, ...]
@@ -50,6 +51,7 @@ class PreprocessConfig:
     shard: Shard = Shard()
     resume: bool = False
     chunk_bytes: int = CHUNK_BYTES
+    native_encoder: bool = True
 
     @property
     def prefix(self) -> str:
@@ -96,7 +98,8 @@ def preprocess(config: PreprocessConfig) -> Summary:
     tokenizer = build_tokenizer(config.tokenizer)
     spans = cut_into_spans(inputs, config.shard)
     _check_outputs(config, inputs)
-    encoder, which = choose_encoder(tokenizer, config.json_keys, config.append_eod)
+    encoder, which = choose_encoder(tokenizer, config.json_keys, config.append_eod,
+                                    native=config.native_encoder)
     print(which, flush=True)
     total_bytes = sum(span.size_bytes for span in spans)
     chunks = -(-total_bytes // config.chunk_bytes)

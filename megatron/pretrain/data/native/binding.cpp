@@ -67,7 +67,7 @@ void bind_encoder(py::module_& module, const char* name) {
            "Raises Declined where the model needs the SentencePiece library.")
       .def("clear", &Encoder::clear, "Forget the documents encoded so far.")
       .def("encode_lines", &encode_lines<Id>, py::arg("data"), py::arg("start"),
-           "Add the documents of whole lines; returns the offset of the first line not read here, or the end.")
+           "Add the documents of lines; returns the offset of the first line not read here, or the end.")
       .def("encode_text", &encode_text<Id>, py::arg("key"), py::arg("text"), "Add a document to one key.")
       .def("take", &take<Id>, py::arg("key"), "(ids, lengths as int32, bytes of text) of one key.")
       .def("whole_units", &whole_units<Id>, py::arg("text"),

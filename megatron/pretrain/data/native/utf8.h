@@ -26,7 +26,9 @@ inline uint32_t decode(const Byte* at) {
 
 // Writes the UTF-8 of `code_point` (up to 4 bytes) and returns how many bytes it has.
 inline size_t encode(uint32_t code_point, Byte* to) {
-  const auto tail = [code_point](int shift) { return static_cast<Byte>(0x80 | (code_point >> shift & 0x3F)); };
+  const auto tail = [code_point](int shift) {
+    return static_cast<Byte>(0x80 | (code_point >> shift & 0x3F));
+  };
   if (code_point < 0x80) {
     to[0] = static_cast<Byte>(code_point);
     return 1;
