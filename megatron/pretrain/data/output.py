@@ -52,7 +52,8 @@ class RunOutput:
         self._started = self._committed = time.monotonic()
         prefixes = [f"{prefix}_{key}_document" for key in keys]
         self.rejects_path = f"{prefix}_rejects.jsonl" if skip else None
-        files = [*(f"{each}{ending}" for each in prefixes for ending in (".bin", ".json", ".idx")),
+        endings = (".bin", ".json", ".idx", ".lengths", ".documents")
+        files = [*(f"{each}{ending}" for each in prefixes for ending in endings),
                  *filter(None, [self.rejects_path])]
         left = read_journal(prefix, len(prefixes))
         if resume and left:
