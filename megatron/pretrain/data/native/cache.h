@@ -1,8 +1,10 @@
 // The ids of units seen before. A full cache forgets: its memory is fixed, and it follows the text.
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <functional>
 #include <memory>
 #include <new>
 
@@ -14,7 +16,14 @@ template <class Slot>
 class Cache {
  public:
   explicit Cache(int set_bits)
-      : mask_((size_t{1} << set_bits) - 1), memory_(allocate(mask_ + 1)), sets_(aligned(memory_.get())) {}
+      : mask_((size_t{1} << set_bits) - 1), sets_(allocate(mask_ + 1)) {}
+
+  // To be called some units before `find`: the table is larger than a processor's caches, and the wait for
+  // its memory would be most of the time of a unit that was seen before.
+  template <class Key>
+  void prefetch(const Key& key) const {
+    __builtin_prefetch(&sets_[key.hash & mask_]);
+  }
 
   template <class Key>
   const Slot* find(const Key& key) {
@@ -34,27 +43,23 @@ class Cache {
   struct alignas(64) Set {
     Slot slots[2];
   };
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<void, Free>;
+  using Memory = std::unique_ptr<Set[], std::function<void(Set*)>>;
 
-  // Zeroed by the system, page by page as they are used, so that a small run pays little. The memory is
-  // a plain calloc's: a slot is trivial, and a set of short slots begins where `aligned` says.
+  // Zeroed by the system, page by page as they are used, so that a small run pays little.
   static Memory allocate(size_t sets) {
-    Memory memory(std::calloc(sets + 1, sizeof(Set)));
-    if (!memory) throw std::bad_alloc();
-    return memory;
-  }
-
-  static Set* aligned(void* memory) {
-    const auto address = reinterpret_cast<uintptr_t>(memory);
-    return reinterpret_cast<Set*>((address + alignof(Set) - 1) & ~(alignof(Set) - 1));
+    const size_t size = sets * sizeof(Set);
+    void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // Sets are visited in no order: with small pages each visit also waits for the page's address. Where
+    // the system has no large pages to give, nothing else changes.
+    (void)madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return Memory(static_cast<Set*>(memory), [size](Set* sets) { munmap(sets, size); });
   }
 
   size_t mask_;
-  Memory memory_;
-  Set* sets_;
+  Memory sets_;
 };
 
 }  // namespace neo

@@ -10,7 +10,7 @@ namespace neo {
 
 template <class Id>
 struct Column {
-  TokenBuffer<Id> ids;
+  Buffer<Id> ids;
   std::vector<int32_t> lengths;
   uint64_t text_bytes = 0;
 };

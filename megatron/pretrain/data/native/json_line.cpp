@@ -1,10 +1,8 @@
 #include "json_line.h"
 
-#include <algorithm>
 #include <cstring>
+#include <string_view>
 #include <utility>
-
-#include "unit_key.h"
 
 namespace neo {
 namespace {
@@ -31,29 +29,6 @@ uint64_t special_bits(uint64_t word) {
 }
 
 }  // namespace
-
-void Text::clear() { size_ = 0; }
-
-void Text::reserve(size_t more) {
-  if (bytes_.size() < size_ + more + kReadAhead) bytes_.resize(2 * (size_ + more + kReadAhead));
-}
-
-void Text::push_back(Byte byte) {
-  reserve(1);
-  bytes_[size_++] = byte;
-}
-
-void Text::append(const Byte* begin, const Byte* end) {
-  const auto count = static_cast<size_t>(end - begin);
-  reserve(count);
-  if (count) std::memcpy(bytes_.data() + size_, begin, count);
-  size_ += count;
-}
-
-void Text::append_character(uint32_t code_point) {
-  reserve(4);
-  size_ += encode(code_point, bytes_.data() + size_);
-}
 
 JsonLine::JsonLine(std::vector<std::string> keys, std::string prefix)
     : keys_(std::move(keys)), prefix_(std::move(prefix)), texts_(keys_.size()), found_(keys_.size()) {}

@@ -1,9 +1,12 @@
 // The texts of one JSON line, read where the bytes lie.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "buffer.h"
+#include "unit_key.h"
 #include "utf8.h"
 
 namespace neo {
@@ -11,18 +14,21 @@ namespace neo {
 // A text as `TextEncoder` wants it: perhaps a space before it, and bytes that may be read after it.
 class Text {
  public:
-  void clear();
-  void push_back(Byte byte);
-  void append(const Byte* begin, const Byte* end);
-  void append_character(uint32_t code_point);
+  void clear() { bytes_.clear(); }
+  void push_back(Byte byte) { append(&byte, &byte + 1); }
+  void append(const Byte* begin, const Byte* end) {
+    Byte* to = bytes_.room_for(static_cast<size_t>(end - begin) + kReadAhead);
+    bytes_.finish(std::copy(begin, end, to));
+  }
+  void append_character(uint32_t code_point) {
+    Byte* to = bytes_.room_for(4 + kReadAhead);
+    bytes_.finish(to + encode(code_point, to));
+  }
   const Byte* data() const { return bytes_.data(); }
-  size_t size() const { return size_; }
+  size_t size() const { return bytes_.size(); }
 
  private:
-  void reserve(size_t more);
-
-  std::vector<Byte> bytes_;
-  size_t size_ = 0;
+  Buffer<Byte> bytes_;
 };
 
 // Reads lines that are JSON objects with a string under each key, in strict JSON and valid UTF-8. It says

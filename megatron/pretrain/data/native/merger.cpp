@@ -3,22 +3,6 @@
 #include <algorithm>
 
 namespace neo {
-namespace {
-
-// Up to here scanning an array for the smallest rank beats a heap.
-constexpr size_t kShortUnit = 64;
-
-// Where the first of the smallest numbers is. Two passes, for a compiler makes both of vectors.
-size_t place_of_smallest(const int32_t* numbers, size_t count, int32_t& smallest) {
-  smallest = Merge::kNever;
-  for (size_t i = 0; i < count; ++i) smallest = std::min(smallest, numbers[i]);
-  size_t place = 0;
-  while (place < count && numbers[place] != smallest) ++place;
-  return place;
-}
-
-}  // namespace
-
 const std::vector<uint32_t>& Merger::merge(const Byte* text, size_t size) {
   ids_.clear();
   read_symbols(text, size);
@@ -36,31 +20,34 @@ void Merger::read_symbols(const Byte* text, size_t size) {
     symbols_.push_back(vocabulary_.symbol_of(decode(at)));
 }
 
-// Ranks lie in an array beside the symbols, so that the leftmost smallest rank is the pair that
-// SentencePiece's queue would give. A merge changes the ranks of its two neighbours alone.
+// The merges lie in an array beside the symbols, so that the first of the smallest ranks is the pair that
+// SentencePiece's queue would give. A merge changes what its two neighbours can become and nothing else.
 void Merger::merge_short() {
-  size_t count = symbols_.size();
-  ranks_.resize(count);
-  merged_.resize(count);
-  const auto rate = [this](size_t left) {
-    const Merge merge = vocabulary_.merge_of(symbols_[left], symbols_[left + 1]);
-    ranks_[left] = merge.rank;
-    merged_[left] = merge.symbol;
+  size_t last = symbols_.size() - 1;  // has no right neighbour
+  Symbol* symbols = symbols_.data();
+  const auto rate = [&](size_t left) {
+    merges_[left] = vocabulary_.merge_of(symbols[left], symbols[left + 1]);
   };
-  for (size_t i = 0; i + 1 < count; ++i) rate(i);
+  for (size_t i = 0; i < last; ++i) rate(i);
   for (;;) {
-    int32_t rank;
-    const size_t best = place_of_smallest(ranks_.data(), count - 1, rank);
+    size_t best = 0;
+    int32_t rank = Merge::kNever;
+    for (size_t i = 0; i < last; ++i) {
+      const bool is_better = merges_[i].rank < rank;
+      best = is_better ? i : best;
+      rank = is_better ? merges_[i].rank : rank;
+    }
     if (rank == Merge::kNever) break;
-    symbols_[best] = merged_[best];
-    std::copy(symbols_.begin() + best + 2, symbols_.begin() + count, symbols_.begin() + best + 1);
-    std::copy(ranks_.begin() + best + 2, ranks_.begin() + count, ranks_.begin() + best + 1);
-    std::copy(merged_.begin() + best + 2, merged_.begin() + count, merged_.begin() + best + 1);
-    --count;
-    if (best + 1 < count) rate(best);
+    symbols[best] = merges_[best].symbol;
+    for (size_t i = best + 1; i < last; ++i) {
+      symbols[i] = symbols[i + 1];
+      merges_[i] = merges_[i + 1];
+    }
+    --last;
+    if (best < last) rate(best);
     if (best > 0) rate(best - 1);
   }
-  symbols_.resize(count);
+  symbols_.resize(last + 1);
 }
 
 // The same with a heap, in which pairs that went out of date stay until they come up. Symbols only grow,

@@ -2,6 +2,7 @@
 // neighbours with the greatest score is merged, the leftmost of several with that score.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "vocabulary.h"
@@ -17,6 +18,9 @@ class Merger {
   const std::vector<uint32_t>& merge(const Byte* text, size_t size);
 
  private:
+  // Up to so many characters scanning an array for the best merge beats a heap.
+  static constexpr size_t kShortUnit = 48;
+
   // A symbol of a long unit, in a doubly linked list; a place that was merged into its left neighbour
   // holds kNoSymbol.
   struct Place {
@@ -41,8 +45,8 @@ class Merger {
 
   const Vocabulary& vocabulary_;
   std::vector<Symbol> symbols_;
-  std::vector<int32_t> ranks_;   // short units: of each symbol with its right neighbour
-  std::vector<Symbol> merged_;   // and what the two would become
+  // Of a short unit: what each symbol would make with its right neighbour.
+  std::array<Merge, kShortUnit> merges_;
   std::vector<Place> places_;
   std::vector<Candidate> candidates_;
   std::vector<uint32_t> ids_;

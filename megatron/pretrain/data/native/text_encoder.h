@@ -1,10 +1,10 @@
 // Text to ids: cut into units, look each up, merge those not seen before.
 #pragma once
 
+#include "buffer.h"
 #include "cache.h"
 #include "merger.h"
 #include "splitter.h"
-#include "token_buffer.h"
 #include "unit_key.h"
 
 namespace neo {
@@ -17,9 +17,10 @@ class TextEncoder {
 
   // Appends the ids of `size` bytes of valid UTF-8, which have the dummy prefix, if the model adds one, as
   // a space before them. `kReadAhead` bytes after the text must be readable.
-  void encode(const Byte* text, size_t size, TokenBuffer<Id>& ids) {
+  void encode(const Byte* text, size_t size, Buffer<Id>& ids) {
     out_ = ids.room_for(most_ids(size) + kCopyAhead);
     splitter_.split(text, size, [this](const Byte* unit, size_t unit_size) { append(unit, unit_size); });
+    flush();
     ids.finish(out_);
   }
 
@@ -35,12 +36,23 @@ class TextEncoder {
   size_t most_ids(size_t size) const { return vocabulary_.has_space() ? size : 3 * size; }
 
   void append(const Byte* unit, size_t size) {
-    if (size <= ShortKey::kMostBytes)
-      append_cached(short_units_, ShortKey(unit, size), unit, size);
-    else if (size <= LongKey::kMostBytes)
+    if (size <= ShortKey::kMostBytes) {
+      pending_[n_pending_++] = {ShortKey(unit, size), unit, size};
+      short_units_.prefetch(pending_[n_pending_ - 1].key);
+      if (n_pending_ == kMostPending) flush();
+      return;
+    }
+    flush();
+    if (size <= LongKey::kMostBytes)
       append_cached(long_units_, LongKey(unit, size), unit, size);
     else
       write(merger_.merge(unit, size));
+  }
+
+  void flush() {
+    for (size_t i = 0; i < n_pending_; ++i)
+      append_cached(short_units_, pending_[i].key, pending_[i].unit, pending_[i].size);
+    n_pending_ = 0;
   }
 
   template <class Slot, class Key>
@@ -58,11 +70,21 @@ class TextEncoder {
   void copy(const LongSlot<Id>& slot) { out_ = std::copy(slot.ids, slot.ids + slot.count, out_); }
   void write(const std::vector<uint32_t>& ids) { out_ = std::copy(ids.begin(), ids.end(), out_); }
 
+  // Short units wait until some have come together, while the cache's memory is fetched for them.
+  struct Pending {
+    ShortKey key;
+    const Byte* unit;
+    size_t size;
+  };
+  static constexpr size_t kMostPending = 32;
+
   const Vocabulary& vocabulary_;
   Splitter splitter_;
   Merger merger_;
   Cache<ShortSlot<Id>> short_units_{kShortSetBits};
   Cache<LongSlot<Id>> long_units_{kLongSetBits};
+  std::array<Pending, kMostPending> pending_;
+  size_t n_pending_ = 0;
   Id* out_ = nullptr;
 };
 

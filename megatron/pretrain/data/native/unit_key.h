@@ -43,6 +43,7 @@ constexpr Masks kMasks;
 struct ShortKey {
   static constexpr size_t kMostBytes = 15;
 
+  ShortKey() = default;
   ShortKey(const Byte* unit, size_t size) {
     Byte bytes[16];
     std::memcpy(bytes, unit, sizeof bytes);

@@ -61,6 +61,11 @@ inline bool is_utf8(const Byte* at, const Byte* end) {
       ++at;
       continue;
     }
+    if (lead > 0xE0 && lead < 0xED && end - at >= 3) {  // most of Asia's characters
+      if (!is_tail(at[1]) || !is_tail(at[2])) return false;
+      at += 3;
+      continue;
+    }
     if (lead < 0xC2 || lead > 0xF4) return false;
     const size_t size = character_size(lead);
     if (static_cast<size_t>(end - at) < size) return false;
