@@ -46,6 +46,12 @@ def test_results_keep_the_order_of_the_tasks(count: int):
         assert list(workers.map(range(40))) == [(number, number * number) for number in range(40)]
 
 
+def test_tasks_and_results_may_be_larger_than_a_pipe():
+    tasks = [bytes([number]) * 3_000_000 for number in range(12)]
+    with OrderedWorkers(2, bytes.upper) as workers:
+        assert [result for _, result in workers.map(tasks)] == [task.upper() for task in tasks]
+
+
 def test_tasks_are_drawn_only_a_little_ahead():
     drawn = []
     with OrderedWorkers(2, slow_square) as workers:

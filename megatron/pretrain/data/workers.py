@@ -12,11 +12,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from megatron.pretrain.errors import UserError
@@ -27,6 +29,8 @@ Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 TASKS_AHEAD = 2
 """Tasks a worker may hold: one it works on, one that waits so that it never has to."""
+
+_NO_MORE = object()
 
 
 class WorkerGone(UserError):
@@ -88,10 +92,11 @@ def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connecti
     # Ctrl-C reaches the whole group, but ending the workers is the parent's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tasks: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
     while True:
-        try:
-            task = pipe.recv()
-        except (EOFError, OSError):
+        task = tasks.get()
+        if task is _NO_MORE:
             return
         try:
             answer = handle(task), None
@@ -100,6 +105,20 @@ def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connecti
         try:
             pipe.send(answer)
         except OSError:
+            return
+
+
+def _receive_tasks(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
+    """Take tasks in while an answer is being sent.
+
+    Neither fits into a pipe: a parent that sends a task to a worker that sends an answer would wait for
+    ever if the worker did not listen.
+    """
+    while True:
+        try:
+            tasks.put(pipe.recv())
+        except (EOFError, OSError):
+            tasks.put(_NO_MORE)
             return
 
 
