@@ -37,17 +37,13 @@ class SelfCheck:
 
         columns: for each key the tokens of the chunk's documents and how many each document has.
         """
-        chosen = sorted(set(self._choose(columns[0][1])))
-        if not chosen:
-            return
-        lines = data.split(b"\n")
-        for document in chosen:
-            line = lines[document]
-            start_byte = chunk.start_byte + sum(map(len, lines[:document])) + document
+        for document in set(self._choose(columns[0][1])):
+            line, start_byte = _line_of(data, document)
+            start_byte += chunk.start_byte
             texts = read_texts(Chunk(chunk.path, start_byte, len(line), False, line), keys)
             for [text], (tokens, lengths) in zip(texts, columns):
                 start = int(lengths[:document].sum(dtype=np.int64))
-                ids = tokens[start:start + int(lengths[document])].tolist()
+                ids = tokens[start:start + int(lengths[document])]
                 self._compare(text, ids, f"{chunk.path}, the line at byte offset {start_byte}")
 
     def _choose(self, lengths: np.ndarray) -> Iterator[int]:
@@ -64,13 +60,14 @@ class SelfCheck:
             self._longest_tokens = int(lengths[longest])
             yield longest
 
-    def _compare(self, text: str, ids: list[int], where: str) -> None:
+    def _compare(self, text: str, tokens: np.ndarray, where: str) -> None:
         excerpt = self._excerpt(text)
         right = self._tokenizer.encode(excerpt)
         if excerpt != text:
-            ids = ids[:len(right)]
+            tokens = tokens[:len(right)]
         elif right and self._end_id is not None:
             right.append(self._end_id)
+        ids = tokens.tolist()
         if ids == right:
             return
         place = next((i for i, (ours, theirs) in enumerate(zip(ids, right)) if ours != theirs),
@@ -87,3 +84,12 @@ class SelfCheck:
                 return excerpt
             size *= 2
         return text
+
+
+def _line_of(data: bytes, number: int) -> tuple[bytes, int]:
+    """The line of this number, from 0, without its end, and where it begins."""
+    start = 0
+    for _ in range(number):
+        start = data.index(b"\n", start) + 1
+    end = data.find(b"\n", start)
+    return data[start:len(data) if end < 0 else end], start
