@@ -81,7 +81,7 @@ def _print_facts(source: IndexedTokens, manifest: dict[str, Any] | None) -> None
     table.add_row("tokens", f"{source.n_tokens:,} of {source.dtype}")
     for name, value in (manifest or {"manifest": "none; not made by tools/preprocess_data.py"}).items():
         if name == "sources":
-            value = f"{len(value)} files, {sum(each['size_bytes'] for each in value):,} bytes"
+            value = f"{len(value)} file{'s' * (len(value) != 1)}, {sum(each['size_bytes'] for each in value):,} bytes"
         if isinstance(value, dict):
             value = "\n".join(f"{key}: {part}" for key, part in value.items()) or "none"
         if name not in ("documents", "tokens", "format"):
