@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import subprocess
@@ -194,10 +195,43 @@ def test_a_killed_worker_ends_the_run(long_run, tmp_path: Path):
     assert all(name.startswith(".out") for name in outputs(tmp_path))
 
 
-def test_workers_do_not_outlive_a_killed_run(long_run):
+def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool, tmp_path: Path):
     workers = psutil.Process(long_run.pid).children()
     long_run.kill()
     wait_for(lambda: not any(is_alive(worker) for worker in workers), timeout_s=30)
+    assert not list(tmp_path.glob("out*"))
+    outcome = run_tool(TOOL, "--input", "my-corpus.json", "--output-prefix", "out", "--tokenizer-model",
+                       tiny_tokenizer, "--workers", "1", "--resume", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outputs(tmp_path) == [f"out_text_document.{ending}" for ending in ("bin", "idx", "json")]
+    written = IndexedTokens(tmp_path / "out_text_document")
+    documents = written.tokens.reshape(2000, -1)  # all of them are the same
+    assert written.n_documents == 2000 and (documents == documents[0]).all()
+
+
+def test_standard_input(tmp_path: Path, preprocess):
+    assert preprocess().returncode == 0
+    command = [sys.executable, str(TOOL), "--input", "-", "--output-prefix", "piped", "--tokenizer-model",
+               "neo/tokenizer.model"]
+    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, "error: standard input, line 3 (byte offset 46): has no key 'text'")):
+        content = (tmp_path / "my-corpus.json").read_bytes() + lines
+        outcome = subprocess.run(command, cwd=tmp_path, input=content, capture_output=True)
+        assert outcome.returncode == code and outcome.stderr.decode().startswith(said), outcome.stderr
+    for ending in ("bin", "idx"):
+        assert ((tmp_path / f"piped_text_document.{ending}").read_bytes()
+                == (tmp_path / f"out_text_document.{ending}").read_bytes())
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, tiny_tokenizer: Path):
+    (tmp_path / "my-corpus.json").write_text(json.dumps({"text": "some words"}) + "\n")
+    with (tmp_path / "my-corpus.json").open("a") as file:
+        file.write((json.dumps({"text": "some more words " * 500}) + "\n") * 500)
+    outcome = subprocess.run(
+        [sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
+         "--tokenizer-model", str(tiny_tokenizer)], cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)))
+    assert_refused(outcome, "cannot write out_text_document.bin: File too large")
+    assert outputs(tmp_path) == []
 
 
 def test_a_terminal_gets_a_bar(preprocess, tmp_path: Path):

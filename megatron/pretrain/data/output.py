@@ -131,7 +131,8 @@ class RunOutput:
     def _record(self, task: Task, bad: BadLine, lines_done: int) -> bytes:
         line = 1 + self._lines_before_span(task.span) + lines_done + bad.line
         if not self._rejects:
-            raise UserError(f"{bad.error.path}, line {line} (byte offset {bad.error.fault_byte}): "
+            path = "standard input" if self._spans[task.span].input.is_standard_input else bad.error.path
+            raise UserError(f"{path}, line {line} (byte offset {bad.error.fault_byte}): "
                             f"{bad.error.reason}")
         return as_record(bad, line)
 
