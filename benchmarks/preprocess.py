@@ -1,4 +1,4 @@
-"""How fast preprocessing is, against a pool of processes that run orjson and SentencePiece: same bytes, less time."""
+"""How fast preprocessing is, against a pool of processes that run orjson and SentencePiece."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def _corpora(flags: argparse.Namespace) -> dict[str, Iterator[str]]:
 def _measure(corpus: str, texts: Iterator[str], folder: Path, flags: argparse.Namespace) -> None:
     source = folder / "corpus.jsonl"
     size_mb = corpora.write(source, texts) / 1e6
-    pool, tool = partial(_run_pool, source, folder / "pool", flags), partial(_run_tool, source, folder / "tool", flags)
+    pool = partial(_run_pool, source, folder / "pool", flags)
+    tool = partial(_run_tool, source, folder / "tool", flags)
     times = [(_timed(pool), _timed(tool)) for _ in range(flags.rounds)]
     _assert_same(folder / "pool", folder / "tool")
     ratios = sorted(theirs.cpu_s / ours.cpu_s for theirs, ours in times)
@@ -126,8 +127,8 @@ def _measure_start(folder: Path, flags: argparse.Namespace) -> None:
     source = folder / "small.jsonl"
     corpora.write(source, iter(["one document"]))
     times = [_timed(partial(_run_tool, source, folder / "tool", flags)) for _ in range(5)]
-    print(f"one small document, from start to end: {statistics.median(time.wall_s for time in times):.2f} s wall, "
-          f"{statistics.median(time.cpu_s for time in times):.2f} s CPU", flush=True)
+    wall_s, cpu_s = (statistics.median(getattr(time, name) for time in times) for name in ("wall_s", "cpu_s"))
+    print(f"one small document, from start to end: {wall_s:.2f} s wall, {cpu_s:.2f} s CPU", flush=True)
 
 
 def _timed(run: Callable[[], subprocess.Popen[bytes]]) -> Time:
@@ -146,7 +147,8 @@ def _tool_command(source: Path, prefix: Path, flags: argparse.Namespace, *more: 
             "--tokenizer-model", flags.model, "--append-eod", "--workers", str(flags.workers), *more]
 
 
-def _run_tool(source: Path, prefix: Path, flags: argparse.Namespace, *more: str) -> subprocess.Popen[bytes]:
+def _run_tool(source: Path, prefix: Path, flags: argparse.Namespace, *more: str
+              ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(_tool_command(source, prefix, flags, *more), stdout=subprocess.DEVNULL)
 
 

@@ -67,8 +67,8 @@ def _tokenizer(flags: Any, source: IndexedTokens, manifest: dict[str, Any] | Non
         tokenizer_type=kind, tokenizer_model=flags.tokenizer_model, vocab_size=made_with.get("vocab_size"),
         tokenizer_sentencepiece_legacy=flags.tokenizer_sentencepiece_legacy))
     if made_with.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"--tokenizer-model {flags.tokenizer_model}: is not what {source.prefix} was made with; "
-                        "name that one")
+        raise UserError(f"--tokenizer-model {flags.tokenizer_model}: is not what {source.prefix} was made "
+                        "with; name that one")
     return tokenizer
 
 
@@ -81,7 +81,8 @@ def _print_facts(source: IndexedTokens, manifest: dict[str, Any] | None) -> None
     table.add_row("tokens", f"{source.n_tokens:,} of {source.dtype}")
     for name, value in (manifest or {"manifest": "none; not made by tools/preprocess_data.py"}).items():
         if name == "sources":
-            value = f"{len(value)} file{'s' * (len(value) != 1)}, {sum(each['size_bytes'] for each in value):,} bytes"
+            files = f"{len(value)} file{'s' * (len(value) != 1)}"
+            value = f"{files}, {sum(each['size_bytes'] for each in value):,} bytes"
         if isinstance(value, dict):
             value = "\n".join(f"{key}: {part}" for key, part in value.items()) or "none"
         if name not in ("documents", "tokens", "format"):
@@ -114,8 +115,8 @@ def _print_histogram(source: IndexedTokens) -> None:
 def _print_document(source: IndexedTokens, number: int, tokenizer: Tokenizer) -> None:
     ids = document_tokens(source, number).tolist()
     if ids and max(ids) >= tokenizer.vocab_size:
-        raise UserError(f"--doc {number}: holds token {max(ids)}, and the tokenizer has {tokenizer.vocab_size} "
-                        "ids; name the one that the set was made with")
+        raise UserError(f"--doc {number}: holds token {max(ids)}, and the tokenizer has "
+                        f"{tokenizer.vocab_size} ids; name the one that the set was made with")
     ends = " and the end of the document" if ids[-1:] == [tokenizer.eod_id] else ""
     body = ids[:-1] if ends else ids
     print(f"--- document {number}: {len(body):,} tokens{ends}", flush=True)

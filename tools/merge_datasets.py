@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--input", nargs="+", action="extend", metavar="PREFIX",
                         help="token sets in this order; .bin or .idx at the end may stay")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX",
-                        help="with --input the whole prefix of the set to write, otherwise that of the shards")
+                        help="with --input the whole prefix of the set to write, else that of the shards")
     flags = parser.parse(argv)
     if flags.input:
         _print_table([merge_sets(flags.input, flags.output_prefix)])

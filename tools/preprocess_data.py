@@ -114,8 +114,8 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(flags.input), output_prefix=flags.output_prefix, tokenizer=tokenizer,
         json_keys=tuple(dict.fromkeys(flags.json_keys or ("text",))), append_eod=flags.append_eod,
-        workers=flags.workers, skip_bad_lines=flags.on_error == "skip", shard=flags.shard, resume=flags.resume,
-        native_encoder=flags.encoder == "auto")
+        workers=flags.workers, skip_bad_lines=flags.on_error == "skip", shard=flags.shard,
+        resume=flags.resume, native_encoder=flags.encoder == "auto")
 
 
 def _cores() -> int:

@@ -1,4 +1,4 @@
-"""How far an interrupted run came: a file of JSON lines beside its output, of which the last whole one counts."""
+"""How far an interrupted run came: JSON lines beside its output, of which the last whole one counts."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def check_settings(interrupted: Interrupted, settings: Mapping[str, Any], prefix
         if now[name] != interrupted.settings.get(name):
             raise UserError(
                 f"--resume: the interrupted run of {os.path.basename(prefix)} had another {name} "
-                f"({_difference(interrupted.settings.get(name), now[name])}); give what it was given, or leave "
-                "--resume out to start over")
+                f"({_difference(interrupted.settings.get(name), now[name])}); give what it was given, or "
+                "leave --resume out to start over")
 
 
 def _difference(before: Any, now: Any) -> str:

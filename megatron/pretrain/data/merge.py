@@ -138,7 +138,8 @@ def _sum_manifests(parts: Sequence[IndexedTokens], manifests: Sequence[dict[str,
     rejected: Counter[str] = Counter()
     for manifest in manifests:
         rejected.update(manifest.get("rejected", {}))
-    return {**{name: _common(name, manifests) for name in first}, "shard": "1/1", "sources": sources, "rejected": dict(rejected),
+    return {**{name: _common(name, manifests) for name in first},
+            "shard": "1/1", "sources": sources, "rejected": dict(rejected),
             "documents": sum(part.n_documents for part in parts),
             "tokens": sum(part.n_tokens for part in parts),
             "text_bytes": sum(manifest.get("text_bytes", 0) for manifest in manifests),

@@ -1,4 +1,4 @@
-"""Everything a run of preprocessing writes: whole at its end, resumable when interrupted, gone when it fails."""
+"""What a run of preprocessing writes: whole at its end, resumable when interrupted, gone when it fails."""
 
 from __future__ import annotations
 

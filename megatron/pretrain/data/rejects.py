@@ -11,7 +11,7 @@ from megatron.pretrain.data.documents import BadLine
 
 
 def as_record(bad: BadLine, line: int) -> bytes:
-    """A line of the rejects file: file, line (from 1), byte_offset (of the fault), kind, reason, and the line.
+    """A line of the rejects file: file, line (from 1), byte_offset (of the fault), kind, reason, the line.
 
     The line itself is under "text"; where it is not UTF-8, under "base64".
     """

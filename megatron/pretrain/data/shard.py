@@ -24,7 +24,7 @@ class Shard:
         return f"{self.number}/{self.count}"
 
     def prefix(self, prefix: str) -> str:
-        """Where the shard's files go: PREFIX where there is one, PREFIX_00003-of-00016 and so on elsewhere."""
+        """Where the shard's files go: PREFIX where it is the only one, else PREFIX_00003-of-00016 or so."""
         return prefix if self.count == 1 else f"{prefix}_{self.number:05d}-of-{self.count:05d}"
 
 

@@ -40,7 +40,7 @@ class StagedFiles:
         self.is_published = False
 
     def create(self, final: str, kept_bytes: int = 0) -> BinaryIO:
-        """Open the file that will be `final`; it begins with what an interrupted run left, cut to `kept_bytes`.
+        """Open the file that will be `final`; it begins with `kept_bytes` bytes that an interrupted run left.
 
         Raises UserError where it cannot be written, is another run's, or is shorter than `kept_bytes`.
         """
@@ -123,7 +123,7 @@ def _lock(file: BinaryIO, final: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{final}: another run is writing it; wait for it, or choose another prefix") from None
+        raise UserError(f"{final}: another run is writing it; wait, or choose another prefix") from None
     except OSError:
         # A file system without locks (Lustre mounted without them): then nothing guards against two runs.
         return

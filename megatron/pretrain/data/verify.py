@@ -43,8 +43,8 @@ def _check_offsets(source: IndexedTokens) -> None:
         ends = begin_bytes + np.cumsum(of_lengths, dtype=np.int64) * source.dtype.itemsize
         expected = np.concatenate([[begin_bytes], ends[:-1]])
         if of_lengths.min() < 0 or not np.array_equal(of_offsets, expected):
-            raise UserError(f"{source.prefix}.idx: its sequences do not follow one another; it is damaged, so "
-                            "write it again")
+            raise UserError(f"{source.prefix}.idx: its sequences do not follow one another; it is damaged, "
+                            "so write it again")
         begin_bytes = int(ends[-1])
 
 
@@ -52,8 +52,8 @@ def _check_documents(source: IndexedTokens) -> None:
     last = 0
     for block in blocks(source.document_index):
         if block[0] < last or (np.diff(block) < 0).any():
-            raise UserError(f"{source.prefix}.idx: its documents are not in order; it is damaged, so write it "
-                            "again")
+            raise UserError(f"{source.prefix}.idx: its documents are not in order; it is damaged, so write "
+                            "it again")
         last = int(block[-1])
 
 
