@@ -1,8 +1,8 @@
 """JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers.
 
-Memory stays bounded whatever the input: a worker holds two chunks (1 MB each, or one line where a line is
-longer) and what it makes of them; the parent holds up to two results a worker. Nothing grows with the
-number of documents.
+Memory stays bounded whatever the input, below 200 MB a worker: it holds two chunks of 1 MB and what it makes
+of them; the parent holds up to two results a worker. Nothing grows with the number of documents. A line
+that is longer than a chunk is one, and takes about ten times its length.
 """
 
 from __future__ import annotations
