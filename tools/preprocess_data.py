@@ -11,6 +11,7 @@ try:
     from megatron.pretrain.config import TokenizerConfig
     from megatron.pretrain.data.flags import FlagParser, positive_number
     from megatron.pretrain.data.preprocess import PreprocessConfig, Summary, preprocess
+    from megatron.pretrain.data.shard import Shard, parse_shard
     from megatron.pretrain.errors import entry
     from megatron.pretrain.tokenizer import TOKENIZER_TYPES
 except ModuleNotFoundError as missing:
@@ -43,7 +44,8 @@ Tokenize JSON lines into the .bin/.idx files that training reads.
 Each line of --input is one document: a JSON object with a string under --json-keys. For every
 key K the documents become PREFIX_K_document.bin (tokens), .idx (index) and .json (how it was
 made), in the order of the input, with the same bytes for any number of workers. A bad line
-stops the run with its number, and nothing is written."""
+stops the run with its number, and nothing is written; with --on-error skip it goes to
+PREFIX_rejects.jsonl. A run that was stopped goes on with --resume."""
 
 EXAMPLES = """\
 examples:
@@ -53,7 +55,15 @@ examples:
 
   python tools/preprocess_data.py --input part-*.jsonl --json-keys title body --output-prefix wiki \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer/ --append-eod
-  writes wiki_title_document.* and wiki_body_document.*"""
+  writes wiki_title_document.* and wiki_body_document.*
+
+  zcat dump.gz | python tools/preprocess_data.py --input - --output-prefix dump ...
+  python tools/preprocess_data.py --input crawl/ 'more/**/*.jsonl.zst' --on-error skip ...
+  reads standard input, or all JSON lines under a folder and of a glob
+
+  python tools/preprocess_data.py --shard 3/16 --resume ... ; python tools/merge_datasets.py \\
+      --output-prefix corpus
+  does the third of 16 parts; when all are done, joins them (neo/scripts/preprocess.sbatch)"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,7 +75,8 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
     parser = FlagParser(
         prog="preprocess_data.py", description=DESCRIPTION, epilog=EXAMPLES, refused=REFUSED)
     parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="FILE",
-                        help="JSON lines, in this order")
+                        help="JSON lines, in this order: files (.gz and .zst are unpacked), globs, folders "
+                        "(.jsonl, .json, .ndjson in and under them), or - for standard input")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX",
                         help="path and beginning of the name of the files to write; old ones are replaced")
     parser.add_argument("--json-keys", "--json-key", nargs="+", action="extend", metavar="KEY",
@@ -82,6 +93,18 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
                         help="end each document with the end-of-document id; training wants it")
     parser.add_argument("--workers", type=positive_number, default=_cores(), metavar="N",
                         help="processes to share the work over (default: the cores there are, %(default)s)")
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail",
+                        help="a line that is no document ends the run, or goes to PREFIX_rejects.jsonl with "
+                        "its place and the reason (default: fail)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from where an interrupted run stopped (from the beginning where there "
+                        "was none); without it, what that run left is removed")
+    parser.add_argument("--shard", type=parse_shard, default=Shard(), metavar="I/N",
+                        help="do the I-th of N parts of the input, from 1, to PREFIX_0000I-of-0000N; "
+                        "tools/merge_datasets.py joins them")
+    parser.add_argument("--encoder", choices=("auto", "library"), default="auto",
+                        help="auto: the native encoder where it was built and covers the model; library: the "
+                        "tokenizer's own, slower, with the same ids (default: %(default)s)")
     parser.add_argument("--keep-sequential-samples", action="store_true",
                         help="keep the order of the input, which is always kept; the original asks for it")
     flags = parser.parse(argv)
@@ -91,7 +114,8 @@ def _parse(argv: Sequence[str]) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(flags.input), output_prefix=flags.output_prefix, tokenizer=tokenizer,
         json_keys=tuple(dict.fromkeys(flags.json_keys or ("text",))), append_eod=flags.append_eod,
-        workers=flags.workers)
+        workers=flags.workers, skip_bad_lines=flags.on_error == "skip", shard=flags.shard,
+        resume=flags.resume, native_encoder=flags.encoder == "auto")
 
 
 def _cores() -> int:
@@ -117,9 +141,10 @@ def _print_summary(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    speed_mb_per_s = summary.input_bytes / 1e6 / summary.seconds
-    table = Table(
-        title=f"{summary.input_bytes:,} bytes in, {summary.seconds:.1f} s, {speed_mb_per_s:.1f} MB/s")
+    title = f"{summary.input_bytes:,} bytes in, {summary.seconds:.1f} s"
+    if not summary.resumed:  # what was done before would count as speed
+        title += f", {summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s"
+    table = Table(title=title)
     table.add_column("dataset", overflow="fold")
     for name in ("documents", "tokens", "text bytes", "bytes/token"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -128,6 +153,10 @@ def _print_summary(summary: Summary) -> None:
         table.add_row(os.path.basename(dataset.prefix), f"{dataset.documents:,}", f"{dataset.tokens:,}",
                       f"{dataset.text_bytes:,}", bytes_per_token)
     Console().print(table)
+    for kind, count in sorted(summary.rejected.items()):
+        print(f"left out: {count:,} lines, {kind}")
+    if summary.rejected:
+        print(f"they are in {summary.rejects_path}")
     for dataset in summary.datasets:
         print(f"wrote {dataset.prefix}.bin, .idx and .json")
 

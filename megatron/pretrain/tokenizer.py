@@ -77,6 +77,11 @@ class SentencePieceTokenizer:
         self.eod_id: int = self.eos_id
         self.fingerprint = _fingerprint("sentencepiece", model_bytes)
 
+    @property
+    def model_bytes(self) -> bytes:
+        """The model's file, as the library holds it."""
+        return self._pieces.serialized_model_proto()
+
     def encode(self, text: str) -> list[int]:
         return self._pieces.encode(text)
 

@@ -99,6 +99,7 @@ import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 made_from = [str(root).encode(), sys.version.encode()]
 made_from += [(root / name).read_bytes() for name in ("pyproject.toml", "setup.py", "requirements.txt")]
+made_from += [path.read_bytes() for path in sorted((root / "megatron/pretrain/data/native").glob("*"))]
 print(hashlib.sha256(b"\0".join(made_from)).hexdigest())
 PYTHON_CODE
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import subprocess
@@ -93,10 +94,15 @@ def test_several_inputs(preprocess, tmp_path: Path):
     (("--tokenizer-model", "none.model"), "--tokenizer-model none.model: No such file"),
     (("--tokenizer-model", "my-corpus.json"), "my-corpus.json: is not a SentencePiece model"),
     (("--input", "none.json"), "--input none.json: No such file"),
-    (("--input", "."), "--input .: Is a directory"),
+    (("--input", "neo"), "--input neo: is a folder without .jsonl, .json, .ndjson files"),
+    (("--input", "*.zst"), "--input *.zst: matches no file"),
+    (("--shard", "0/3"), "--shard 0/3: is none of N parts; give I/N with I from 1 to N"),
+    (("--shard", "1/2", "--input", "-"), "--shard 1/2: standard input cannot be divided"),
+    (("--resume", "--input", "-"), "--resume: standard input cannot be read a second time"),
+    (("--on-error", "stop"), "--on-error: invalid choice: 'stop'"),
     (("--output-prefix", "none/out"), "--output-prefix none/out: none is no folder"),
     (("--output-prefix", "my-corpus.json/out"), "my-corpus.json is no folder"),
-    (("--output-prefix", "/sys/out"), "cannot write /sys/out_text_document.bin: "),
+    (("--output-prefix", "/sys/out"), "cannot write /sys/out.journal: "),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_mistake_is_a_sentence(flags: tuple[str, ...], sentence: str, preprocess, tmp_path: Path):
     assert_refused(preprocess(*flags), sentence)
@@ -146,7 +152,7 @@ def long_run(tmp_path: Path, tiny_tokenizer: Path):
         [sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
          "--tokenizer-model", str(tiny_tokenizer), "--workers", "2"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 1)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 4)
     yield process
     process.kill()
 
@@ -166,14 +172,17 @@ def wait_for(condition, timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+KEPT = "stopped; what is done is kept, and the same command with --resume goes on from there\n"
+
+
 @pytest.mark.parametrize("number, code, said", [
-    (signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
-def test_a_stopped_run_leaves_nothing(number: int, code: int, said: str, long_run, tmp_path: Path):
+    (signal.SIGINT, 130, KEPT + "interrupted\n"), (signal.SIGTERM, 143, KEPT), (signal.SIGHUP, 129, KEPT)])
+def test_a_stopped_run_leaves_hidden_parts_alone(number: int, code: int, said: str, long_run, tmp_path: Path):
     workers = psutil.Process(long_run.pid).children()
     long_run.send_signal(number)
     assert long_run.communicate(timeout=30)[1] == said
     assert long_run.returncode == code
-    assert outputs(tmp_path) == []
+    assert all(name.startswith(".out") and name.endswith(".part") for name in outputs(tmp_path))
     assert not any(is_alive(worker) for worker in workers)
 
 
@@ -182,13 +191,47 @@ def test_a_killed_worker_ends_the_run(long_run, tmp_path: Path):
     said = long_run.communicate(timeout=30)[1]
     assert long_run.returncode == 2
     assert said.startswith("error: worker process ") and "was killed by SIGKILL" in said
-    assert outputs(tmp_path) == []
+    assert "with --resume goes on from there" in said and said.count("\n") == 1
+    assert all(name.startswith(".out") for name in outputs(tmp_path))
 
 
-def test_workers_do_not_outlive_a_killed_run(long_run):
+def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool, tmp_path: Path):
     workers = psutil.Process(long_run.pid).children()
     long_run.kill()
     wait_for(lambda: not any(is_alive(worker) for worker in workers), timeout_s=30)
+    assert not list(tmp_path.glob("out*"))
+    outcome = run_tool(TOOL, "--input", "my-corpus.json", "--output-prefix", "out", "--tokenizer-model",
+                       tiny_tokenizer, "--workers", "1", "--resume", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outputs(tmp_path) == [f"out_text_document.{ending}" for ending in ("bin", "idx", "json")]
+    written = IndexedTokens(tmp_path / "out_text_document")
+    documents = written.tokens.reshape(2000, -1)  # all of them are the same
+    assert written.n_documents == 2000 and (documents == documents[0]).all()
+
+
+def test_standard_input(tmp_path: Path, preprocess):
+    assert preprocess().returncode == 0
+    command = [sys.executable, str(TOOL), "--input", "-", "--output-prefix", "piped", "--tokenizer-model",
+               "neo/tokenizer.model"]
+    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, "error: standard input, line 3 (byte offset 46): has no key 'text'")):
+        content = (tmp_path / "my-corpus.json").read_bytes() + lines
+        outcome = subprocess.run(command, cwd=tmp_path, input=content, capture_output=True)
+        assert outcome.returncode == code and outcome.stderr.decode().startswith(said), outcome.stderr
+    for ending in ("bin", "idx"):
+        assert ((tmp_path / f"piped_text_document.{ending}").read_bytes()
+                == (tmp_path / f"out_text_document.{ending}").read_bytes())
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, tiny_tokenizer: Path):
+    (tmp_path / "my-corpus.json").write_text(json.dumps({"text": "some words"}) + "\n")
+    with (tmp_path / "my-corpus.json").open("a") as file:
+        file.write((json.dumps({"text": "some more words " * 500}) + "\n") * 500)
+    outcome = subprocess.run(
+        [sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
+         "--tokenizer-model", str(tiny_tokenizer)], cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)))
+    assert_refused(outcome, "cannot write out_text_document.bin: File too large")
+    assert outputs(tmp_path) == []
 
 
 def test_a_terminal_gets_a_bar(preprocess, tmp_path: Path):

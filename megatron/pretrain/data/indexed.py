@@ -13,15 +13,18 @@ A document has one sequence, or none where its text was empty. The .json is ours
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megatron.pretrain.data.staging import StagedFiles, part_name, writing
 from megatron.pretrain.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -29,6 +32,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 MANIFEST_FORMAT = 1
+BLOCK = 1 << 20
+"""Entries of an index that are in memory at once while it is written."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -55,21 +60,24 @@ class IndexedTokens:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = dataset_prefix(prefix)
-        self.dtype, self.sequence_lengths, offsets_bytes, self.document_index = _map_index(self.prefix)
+        self.dtype, self.sequence_lengths, offsets_bytes, self.document_index = map_index(self.prefix)
         self.n_documents = len(self.document_index) - 1
-        self.n_tokens = 0
-        if len(offsets_bytes):
-            self.n_tokens = int(offsets_bytes[-1]) // self.dtype.itemsize + int(self.sequence_lengths[-1])
+        self.n_tokens = _tokens_of(self.dtype, self.sequence_lengths, offsets_bytes)
         self.tokens = _map_tokens(f"{self.prefix}.bin", self.dtype, self.n_tokens)
 
 
 def count_tokens(prefix: str | os.PathLike[str]) -> int:
-    """Tokens of the set at `prefix`, read off its .idx alone."""
-    _, sequence_lengths, _, _ = _map_index(dataset_prefix(prefix))
-    return int(sequence_lengths.sum(dtype=np.int64))
+    """Tokens of the set at `prefix`: where its last sequence ends, read off its .idx alone."""
+    return _tokens_of(*map_index(dataset_prefix(prefix))[:3])
 
 
-def _map_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def _tokens_of(dtype: np.dtype, sequence_lengths: np.ndarray, offsets_bytes: np.ndarray) -> int:
+    if not len(offsets_bytes):
+        return 0
+    return int(offsets_bytes[-1]) // dtype.itemsize + int(sequence_lengths[-1])
+
+
+def map_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """dtype of the tokens, sequence lengths, sequence offsets in bytes, document index."""
     path = f"{prefix}.idx"
     with _reading(path), open(path, "rb") as file:
@@ -111,27 +119,52 @@ def _map(path: str, dtype: str | np.dtype, offset_bytes: int, count: int) -> np.
     return np.memmap(path, dtype=dtype, mode="r", offset=offset_bytes, shape=(count,))
 
 
+class WriterPosition(NamedTuple):
+    """How far a set is written."""
+
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+
+
 class IndexedWriter:
     """Writes one token set; as a context manager, whole or not at all.
 
         with IndexedWriter("corpus_text_document", token_dtype(64000)) as writer:
             writer.add_document(ids, [len(ids)])
 
-    Everything goes to temporary names beside the final ones. Leaving the block renames them, the .idx
-    last, because a set without it is none; leaving it by an exception removes them. A disk that is
-    full or a folder that cannot be written to raises UserError.
+    Everything goes to hidden temporary names beside the final ones, the index too as it grows, so that
+    memory does not grow with the set. Leaving the block renames them, the .idx last, because a set
+    without it is none; leaving it by an exception removes them. A disk that is full or a folder that
+    cannot be written to raises UserError.
+
+    Args:
+        prefix: of the files.
+        dtype: of the tokens in them.
+        staging: the files of a larger piece of work, which then publishes them; the block is not used.
+        resume_at: what to go on from, of the parts that an interrupted run left.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer]) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer], *,
+                 staging: StagedFiles | None = None, resume_at: WriterPosition = WriterPosition()) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
-        self.n_tokens = 0
-        self.n_documents = 0
-        self._lengths: list[np.ndarray] = []
-        self._sequences_per_document: list[np.ndarray] = []
-        self._staging = _Staging()
+        self.position = resume_at
         self._sealed = False
-        self._bin = self._staging.create(f"{self.prefix}.bin")
+        self._staging = staging or StagedFiles()
+        # The index's first and last section; what is between them follows from the first.
+        self._lengths_name, self._documents_name = f"{self.prefix}.lengths", f"{self.prefix}.documents"
+        self._bin = self._staging.create(f"{self.prefix}.bin", resume_at.tokens * self.dtype.itemsize)
+        self._lengths = self._staging.create_scratch(self._lengths_name, 4 * resume_at.sequences)
+        self._documents = self._staging.create_scratch(self._documents_name, 8 * resume_at.documents)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.position.tokens
+
+    @property
+    def n_documents(self) -> int:
+        return self.position.documents
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -150,48 +183,99 @@ class IndexedWriter:
 
     def add_document(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
         """Append one document of `ids`, cut into sequences of `lengths` tokens."""
-        self._append(ids, np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
+        self._append(ids, np.asarray(lengths, "<i4"), np.array([len(lengths)], "<i8"))
 
     def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append many documents at once: of `ids`, the first lengths[0] tokens are the first, and so on.
 
         A length of 0 is a document with no sequence, which is what Megatron-LM writes for an empty text.
         """
-        lengths = np.asarray(lengths, np.int32)
-        self._append(ids, lengths[lengths > 0], (lengths > 0).astype(np.int64))
+        lengths = np.asarray(lengths, "<i4")
+        self._append(ids, lengths[lengths > 0], np.cumsum(lengths > 0, dtype="<i8"))
 
-    def _append(self, ids: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
+    def add_set(self, source: IndexedTokens) -> None:
+        """Append another set of the same dtype, whole; its tokens are copied by the kernel where it can."""
+        if source.dtype != self.dtype:
+            raise ValueError(f"{source.prefix} holds {source.dtype}, not {self.dtype}")
+        with _reading(f"{source.prefix}.bin"):
+            tokens = open(f"{source.prefix}.bin", "rb", buffering=0)
+        with tokens, writing(f"{self.prefix}.bin"):
+            copy_file(tokens, self._bin)
+        for block in blocks(source.sequence_lengths):
+            self._write(self._lengths, np.ascontiguousarray(block))
+        for block in blocks(source.document_index[1:]):
+            self._write(self._documents, block + np.int64(self.position.sequences))
+        self._advance(source.n_tokens, len(source.sequence_lengths), source.n_documents)
+
+    def _append(self, ids: np.ndarray, lengths: np.ndarray, sequence_ends: np.ndarray) -> None:
+        """`sequence_ends`: for each document, the sequences up to its end."""
         if len(ids) != lengths.sum(dtype=np.int64):
             raise ValueError(f"{len(ids)} ids do not fill sequences of {lengths.sum(dtype=np.int64)} tokens")
-        with _writing(self._bin.name):
-            self._bin.write(_as_dtype(ids, self.dtype).data)
-        self._lengths.append(lengths)
-        self._sequences_per_document.append(sequences_per_document)
-        self.n_tokens += len(ids)
-        self.n_documents += len(sequences_per_document)
+        self._write(self._bin, _as_dtype(ids, self.dtype))
+        self._write(self._lengths, lengths)
+        self._write(self._documents, sequence_ends + np.int64(self.position.sequences))
+        self._advance(len(ids), len(lengths), len(sequence_ends))
+
+    def _write(self, file: BinaryIO, values: np.ndarray) -> None:
+        with writing(f"{self.prefix}.bin"):
+            file.write(values.data)
+
+    def _advance(self, tokens: int, sequences: int, documents: int) -> None:
+        here = self.position
+        self.position = WriterPosition(here.tokens + tokens, here.sequences + sequences,
+                                       here.documents + documents)
 
     def seal(self, manifest: dict[str, Any] | None = None) -> None:
         """Finish the files, still under their temporary names; the .json too where `manifest` is given.
 
         Sealing several sets before any is renamed keeps a full disk from leaving some behind.
         """
-        with _writing(self._bin.name):
-            self._bin.close()
         if manifest is not None:
             self._staging.write(f"{self.prefix}.json", [_manifest_bytes(manifest)])
+        with writing(f"{self.prefix}.bin"):
+            self._lengths.flush()
+            self._documents.flush()
         self._staging.write(f"{self.prefix}.idx", self._index_parts())
         self._sealed = True
 
     def _index_parts(self) -> Iterator[bytes | memoryview]:
-        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
-        offsets_bytes = np.zeros(len(lengths), "<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets_bytes[1:])
-        offsets_bytes *= self.dtype.itemsize
-        document_index = np.zeros(self.n_documents + 1, "<i8")
-        np.cumsum(np.concatenate([np.empty(0, "<i8"), *self._sequences_per_document]), out=document_index[1:])
         code = CODE_OF_DTYPE[self.dtype]
-        yield HEADER.pack(MAGIC, 1, code, len(lengths), len(document_index))
-        yield from (lengths.data, offsets_bytes.data, document_index.data)
+        yield HEADER.pack(MAGIC, 1, code, self.position.sequences, self.position.documents + 1)
+        lengths = _map(part_name(self._lengths_name), "<i4", 0, self.position.sequences)
+        for block in blocks(lengths):
+            yield block.data
+        end_bytes = 0
+        for block in blocks(lengths):
+            ends_bytes = end_bytes + np.cumsum(block, dtype="<i8") * self.dtype.itemsize
+            yield np.concatenate([np.array([end_bytes], "<i8"), ends_bytes[:-1]]).data
+            end_bytes = int(ends_bytes[-1])
+        yield bytes(8)
+        for block in blocks(_map(part_name(self._documents_name), "<i8", 0, self.position.documents)):
+            yield block.data
+
+
+def blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """`values` in parts that fit into memory."""
+    for begin in range(0, len(values), BLOCK):
+        yield np.asarray(values[begin:begin + BLOCK])
+
+
+def copy_file(source: BinaryIO, target: BinaryIO) -> None:
+    """Append all of `source` to `target`: within the kernel where the file systems let it."""
+    target.flush()
+    left_bytes = os.fstat(source.fileno()).st_size
+    try:
+        while left_bytes > 0:
+            copied_bytes = os.copy_file_range(source.fileno(), target.fileno(), left_bytes)
+            if not copied_bytes:
+                break
+            left_bytes -= copied_bytes
+    except (AttributeError, OSError) as error:  # macOS has no such call
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+    # What is left where these file systems do not offer it.
+    target.seek(0, os.SEEK_END)
+    shutil.copyfileobj(source, target, 1 << 22)
 
 
 def _as_dtype(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -205,7 +289,7 @@ def _as_dtype(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def write_manifest(prefix: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
     """Write PREFIX.json, whole or not at all."""
-    staging = _Staging()
+    staging = StagedFiles()
     try:
         staging.write(f"{os.fspath(prefix)}.json", [_manifest_bytes(manifest)])
         staging.publish()
@@ -235,62 +319,9 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-class _Staging:
-    """Files that are written under temporary names and then appear together, in the order of their making."""
-
-    def __init__(self) -> None:
-        self._final_of: dict[str, str] = {}
-        self._open: list[BinaryIO] = []
-        self._published: list[str] = []
-
-    def create(self, final: str) -> BinaryIO:
-        """Open the file that will be `final`."""
-        # The process id keeps two runs that write the same set from writing into one file.
-        temporary = f"{final}.{os.getpid()}.tmp"
-        with _writing(final):
-            file = open(temporary, "wb")
-        self._open.append(file)
-        self._final_of[temporary] = final
-        return file
-
-    def write(self, final: str, parts: Sequence[bytes] | Iterator[bytes | memoryview]) -> None:
-        """Make the file that will be `final` out of `parts`."""
-        file = self.create(final)
-        with _writing(final), file:
-            for part in parts:
-                file.write(part)
-
-    def publish(self) -> None:
-        """Rename. An older set of the name goes first, so that no moment mixes its files with the new."""
-        for final in reversed(self._final_of.values()):
-            with _writing(final), contextlib.suppress(FileNotFoundError):
-                os.remove(final)
-        for temporary, final in self._final_of.items():
-            with _writing(final):
-                self._published.append(final)
-                os.replace(temporary, final)
-
-    def discard(self) -> None:
-        """Remove whatever is there."""
-        for file in self._open:
-            with contextlib.suppress(OSError):  # a full disk fails again on close; the file goes anyway
-                file.close()
-        for path in (*self._final_of, *self._published):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-
-
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a token set is PREFIX.bin and PREFIX.idx") from None
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -1,24 +1,28 @@
-"""JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers."""
+"""JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers.
+
+Memory stays bounded whatever the input, below 200 MB a worker: it holds two chunks of 1 MB and what it makes
+of them; the parent holds up to two results a worker. Nothing grows with the number of documents. A line
+that is longer than a chunk is one, and takes about ten times its length.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from megatron.pretrain import __version__
 from megatron.pretrain.config import TokenizerConfig
-from megatron.pretrain.data.documents import (
-    BadDocument, Chunk, Source, cut_into_chunks, open_source, read_texts)
-from megatron.pretrain.data.indexed import IndexedWriter, token_dtype
+from megatron.pretrain.data.encoders import choose_encoder
+from megatron.pretrain.data.indexed import token_dtype
+from megatron.pretrain.data.inputs import Input, open_inputs
+from megatron.pretrain.data.output import RunOutput
 from megatron.pretrain.data.progress import ByteProgress
+from megatron.pretrain.data.shard import Shard, Span, cut_into_spans, cut_into_tasks
+from megatron.pretrain.data.tasks import Screen
 from megatron.pretrain.data.workers import OrderedWorkers
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -29,7 +33,13 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """What to tokenize, how, and where to."""
+    """What to tokenize, how, and where to.
+
+    skip_bad_lines: leave them out and list them in PREFIX_rejects.jsonl; otherwise the first ends the run.
+    shard: the part of the inputs to do; one of several has its number in the names of its files.
+    resume: go on from where an interrupted run of the same settings stopped.
+    native_encoder: use the one in C++ where it was built and covers the model.
+    """
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -37,7 +47,16 @@ class PreprocessConfig:
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     workers: int = 1
+    skip_bad_lines: bool = False
+    shard: Shard = Shard()
+    resume: bool = False
     chunk_bytes: int = CHUNK_BYTES
+    native_encoder: bool = True
+
+    @property
+    def prefix(self) -> str:
+        """Of the files that this run writes."""
+        return self.shard.prefix(self.output_prefix)
 
 
 @dataclass(frozen=True)
@@ -53,120 +72,110 @@ class DatasetSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run read and wrote."""
+    """What a run read and wrote. A resumed one counts what was done before, but not its time."""
 
     datasets: tuple[DatasetSummary, ...]
     input_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """One key's texts of a chunk: the tokens end to end, and how many each document has (int32)."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-
-
-class Encoder(Protocol):
-    """Turns a chunk of a file into tokens, for each key; runs inside the workers, so it can be pickled."""
-
-    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
-        """Raises BadDocument for the chunk's first line that is no document."""
-
-
-@dataclass(frozen=True)
-class PythonEncoder:
-    """orjson reads the lines, the tokenizer encodes one text at a time."""
-
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    append_eod: bool
-
-    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
-        return [self._encode(texts) for texts in read_texts(chunk, self.keys)]
-
-    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        documents = [self.tokenizer.encode(text) for text in texts]
-        if self.append_eod:
-            for ids in documents:
-                if ids:  # Megatron-LM ends no document that holds nothing
-                    ids.append(self.tokenizer.eod_id)
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        tokens = np.fromiter(itertools.chain.from_iterable(documents), token_dtype(self.tokenizer.vocab_size),
-                             int(lengths.sum(dtype=np.int64)))
-        return EncodedTexts(tokens, lengths, sum(len(text.encode()) for text in texts))
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    """Lines that were left out, by what is wrong with them."""
+    rejects_path: str | None = None
+    resumed: bool = False
 
 
 def preprocess(config: PreprocessConfig) -> Summary:
     """Write one token set a key, in the order of the input; all of them, or none where anything is wrong.
 
+    An interruption (Ctrl-C, a signal, the loss of a worker or of the power) leaves hidden parts that a run
+    with `resume` goes on from, to the same bytes.
+
     Raises UserError for whatever the user can mend: a bad line, a missing file, a tokenizer that is none,
     an output that cannot be written, a worker that was killed.
     """
     started = time.monotonic()
-    sources = [open_source(path) for path in config.inputs]
+    inputs = open_inputs(config.inputs)
+    _check_resume(config, inputs)
     tokenizer = build_tokenizer(config.tokenizer)
-    prefixes = [f"{config.output_prefix}_{key}_document" for key in config.json_keys]
-    _check_outputs(config, prefixes)
-    encoder = PythonEncoder(tokenizer, config.json_keys, config.append_eod)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)))
-                   for prefix in prefixes]
-        text_bytes = _encode_all(config, sources, encoder, writers)
-        if not writers[0].n_documents:
-            raise UserError(f"--input {' '.join(config.inputs)}: holds no document")
-        for writer, key in zip(writers, config.json_keys):
-            writer.seal(_manifest(config, tokenizer, sources, key, writer))
+    spans = cut_into_spans(inputs, config.shard)
+    _check_outputs(config, inputs)
+    encoder, which = choose_encoder(tokenizer, config.json_keys, config.append_eod,
+                                    native=config.native_encoder)
+    print(which, flush=True)
+    total_bytes = sum(span.size_bytes for span in spans)
+    chunks = -(-total_bytes // config.chunk_bytes)
+    is_known = not any(span.input.is_stream for span in spans)
+    count = max(1, min(config.workers, chunks)) if is_known else config.workers
+    # The workers start first: what is open or runs in the parent when it forks lives on in them.
+    with (OrderedWorkers(count, Screen(encoder, config.json_keys)) as workers,
+          _open_output(config, tokenizer, inputs, spans) as output,
+          ByteProgress("preprocessing", total_bytes) as progress):
+        at = output.resumed_at
+        progress.advance(_bytes_before(spans, at.span, at.byte))
+        for task, screened in workers.map(cut_into_tasks(spans, config.chunk_bytes, at.span, at.byte)):
+            output.add(task, screened)
+            progress.advance(task.disk_bytes)
+        _check_documents(config, output)
+        output.finish([_manifest(config, tokenizer, inputs, key, output, number)
+                       for number, key in enumerate(config.json_keys)])
     datasets = tuple(DatasetSummary(writer.prefix, writer.n_documents, writer.n_tokens, size_bytes)
-                     for writer, size_bytes in zip(writers, text_bytes))
-    return Summary(datasets, _total_bytes(sources), time.monotonic() - started)
+                     for writer, size_bytes in zip(output.writers, output.position.text_bytes))
+    return Summary(datasets, total_bytes or sum(output.position.text_bytes), time.monotonic() - started,
+                   output.position.rejected, output.rejects_path, at.byte > 0)
 
 
-def _encode_all(config: PreprocessConfig, sources: Sequence[Source], encoder: Encoder,
-                writers: Sequence[IndexedWriter]) -> list[int]:
-    """Fill the writers; returns the bytes of text for each."""
-    total_bytes = _total_bytes(sources)
-    text_bytes = [0] * len(writers)
-    count = max(1, min(config.workers, -(-total_bytes // config.chunk_bytes)))
-    # The workers start before the bar does: a process with threads should not be forked.
-    with OrderedWorkers(count, encoder) as workers, ByteProgress("preprocessing", total_bytes) as progress:
-        try:
-            for chunk, encoded in workers.map(_chunks(sources, config.chunk_bytes)):
-                for number, (writer, texts) in enumerate(zip(writers, encoded)):
-                    writer.add_documents(texts.tokens, texts.lengths)
-                    text_bytes[number] += texts.text_bytes
-                progress.advance(chunk.size_bytes)
-        except BadDocument as bad:
-            raise bad.as_user_error() from None
-    return text_bytes
+def _open_output(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequence[Input],
+                 spans: Sequence[Span]) -> RunOutput:
+    settings = {
+        "inputs": [asdict(source) for source in inputs], "shard": str(config.shard),
+        "tokenizer": tokenizer.fingerprint, "eod_id": tokenizer.eod_id, "json_keys": config.json_keys,
+        "append_eod": config.append_eod, "on_error": "skip" if config.skip_bad_lines else "fail",
+        "tool_version": __version__}
+    return RunOutput(config.prefix, spans, config.json_keys, token_dtype(tokenizer.vocab_size), settings,
+                     skip=config.skip_bad_lines, resume=config.resume,
+                     resumable=not any(source.is_standard_input for source in inputs))
 
 
-def _chunks(sources: Sequence[Source], chunk_bytes: int) -> Iterator[Chunk]:
-    for source in sources:
-        yield from cut_into_chunks(source, chunk_bytes)
+def _bytes_before(spans: Sequence[Span], number: int, byte: int) -> int:
+    """On the disk, as near as it is known: where in a compressed file a byte of its text is, is not."""
+    done_bytes = sum(span.size_bytes for span in spans[:number])
+    if byte and not spans[number].input.is_stream:
+        done_bytes += byte - spans[number].start_byte
+    return done_bytes
 
 
-def _total_bytes(sources: Sequence[Source]) -> int:
-    return sum(source.size_bytes for source in sources)
+def _check_resume(config: PreprocessConfig, inputs: Sequence[Input]) -> None:
+    if config.resume and any(source.is_standard_input for source in inputs):
+        raise UserError("--resume: standard input cannot be read a second time; give files, or leave it out")
 
 
-def _check_outputs(config: PreprocessConfig, prefixes: Sequence[str]) -> None:
+def _check_outputs(config: PreprocessConfig, inputs: Sequence[Input]) -> None:
     flag = f"--output-prefix {config.output_prefix}"
     folder = Path(config.output_prefix).parent
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} is no folder; make it first")
-    inputs = {os.path.realpath(path) for path in config.inputs}
-    for prefix in prefixes:
-        for output in (f"{prefix}{ending}" for ending in (".bin", ".idx", ".json")):
-            if os.path.realpath(output) in inputs:
-                raise UserError(f"{flag}: {output} is also an input and would be overwritten; "
-                                "choose another prefix")
+    paths = {os.path.realpath(source.path) for source in inputs}
+    outputs = [f"{config.prefix}_{key}_document{ending}"
+               for key in config.json_keys for ending in (".bin", ".idx", ".json")]
+    for output in (*outputs, f"{config.prefix}_rejects.jsonl"):
+        if os.path.realpath(output) in paths:
+            raise UserError(f"{flag}: {output} is also an input and would be overwritten; "
+                            "choose another prefix")
+        if os.path.isdir(output):
+            raise UserError(f"{flag}: {output} is a folder; choose another prefix")
 
 
-def _manifest(config: PreprocessConfig, tokenizer: Tokenizer, sources: Sequence[Source], key: str,
-              writer: IndexedWriter) -> dict[str, Any]:
+def _check_documents(config: PreprocessConfig, output: RunOutput) -> None:
+    """One of several shards may be empty: lines can be longer than a share of the input."""
+    if output.position.sets[0].documents or config.shard.count > 1:
+        return
+    rejected = "; ".join(f"{count:,} lines: {kind}" for kind, count in output.position.rejected.items())
+    raise UserError(f"--input {' '.join(config.inputs)}: holds no document"
+                    + (f" ({rejected}); --on-error fail names the first" if rejected else ""))
+
+
+def _manifest(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequence[Input], key: str,
+              output: RunOutput, number: int) -> dict[str, Any]:
+    writer, position = output.writers[number], output.position
     return {
         "tool_version": __version__,
         "tokenizer": {
@@ -174,8 +183,12 @@ def _manifest(config: PreprocessConfig, tokenizer: Tokenizer, sources: Sequence[
             "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id},
         "json_key": key,
         "append_eod": config.append_eod,
-        "sources": [{"path": source.path, "size_bytes": source.size_bytes} for source in sources],
+        "shard": str(config.shard),
+        "sources": [source.as_dict() for source in inputs],
         "documents": writer.n_documents,
         "tokens": writer.n_tokens,
+        "text_bytes": position.text_bytes[number],
+        "rejected": dict(position.rejected),
         "dtype": writer.dtype.name,
+        "seconds": round(position.seconds, 3),
     }

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteProgress:
-    """A context manager on standard error; `advance(n)` after every `n` bytes."""
+    """A context manager on standard error; `advance(n)` after every `n` bytes of `total_bytes` (0: unknown)."""
 
     def __init__(self, label: str, total_bytes: int) -> None:
         self._label, self._total_bytes = label, total_bytes
@@ -29,7 +29,7 @@ class ByteProgress:
                 progress.TaskProgressColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(),
                 console=Console(stderr=True))
-            self._task = self._bar.add_task(self._label, total=self._total_bytes)
+            self._task = self._bar.add_task(self._label, total=self._total_bytes or None)
             self._bar.start()
         return self
 
@@ -46,8 +46,10 @@ class ByteProgress:
             print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        done = self._done_bytes / self._total_bytes
         bytes_per_s = self._done_bytes / (time.monotonic() - self._started)
+        if not self._total_bytes:
+            return f"{self._label}: {self._done_bytes / 1e6:,.0f} MB, {bytes_per_s / 1e6:.1f} MB/s"
+        done = self._done_bytes / self._total_bytes
         left_s = (self._total_bytes - self._done_bytes) / bytes_per_s
         return (f"{self._label}: {done:.0%} of {self._total_bytes / 1e6:,.0f} MB, "
                 f"{bytes_per_s / 1e6:.1f} MB/s, {left_s:,.0f} s left")

@@ -7,13 +7,18 @@ leaving the block ends the workers at once.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from megatron.pretrain.errors import UserError
@@ -21,8 +26,15 @@ from megatron.pretrain.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 TASKS_AHEAD = 2
 """Tasks a worker may hold: one it works on, one that waits so that it never has to."""
+
+_NO_MORE = object()
+
+
+class WorkerGone(UserError):
+    """A worker was killed, or ended by itself, before its work was done."""
 
 
 class _Worker(NamedTuple):
@@ -74,15 +86,17 @@ def _start(handle: Callable[[Any], Any]) -> _Worker:
 
 def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connection) -> None:
     """The worker: answer tasks until the parent is gone."""
+    _die_with(os.getppid())
     # A fork copies the parent's end too; while it is open here, the parent's death would go unnoticed.
     parents_end.close()
     # Ctrl-C reaches the whole group, but ending the workers is the parent's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tasks: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
     while True:
-        try:
-            task = pipe.recv()
-        except (EOFError, OSError):
+        task = tasks.get()
+        if task is _NO_MORE:
             return
         try:
             answer = handle(task), None
@@ -92,6 +106,29 @@ def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connecti
             pipe.send(answer)
         except OSError:
             return
+
+
+def _receive_tasks(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
+    """Take tasks in while an answer is being sent.
+
+    Neither fits into a pipe: a parent that sends a task to a worker that sends an answer would wait for
+    ever if the worker did not listen.
+    """
+    while True:
+        try:
+            tasks.put(pipe.recv())
+        except (EOFError, OSError):
+            tasks.put(_NO_MORE)
+            return
+
+
+def _die_with(parent: int) -> None:
+    """On Linux, end with the parent even in the middle of a task; elsewhere a worker ends after it."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _send(worker: _Worker, task: Any) -> None:
@@ -116,9 +153,9 @@ def _receive(worker: _Worker) -> Any:
     return result
 
 
-def _gone(worker: _Worker) -> UserError:
+def _gone(worker: _Worker) -> WorkerGone:
     worker.process.join()
     code = worker.process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = "; if memory ran out, give fewer --workers" if code == -signal.SIGKILL else ""
-    return UserError(f"worker process {worker.process.pid} {how} before its work was done{hint}")
+    return WorkerGone(f"worker process {worker.process.pid} {how} before its work was done{hint}")

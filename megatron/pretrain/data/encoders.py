@@ -1,0 +1,77 @@
+"""What turns a chunk of JSON lines into tokens, and the choice of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron.pretrain.data.documents import Chunk, read_texts
+from megatron.pretrain.data.encoded import EncodedTexts
+from megatron.pretrain.data.indexed import token_dtype
+from megatron.pretrain.tokenizer import SentencePieceTokenizer, Tokenizer
+
+
+class Encoder(Protocol):
+    """Turns a chunk of a file into tokens, for each key; runs inside the workers, so it can be pickled."""
+
+    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
+        """Raises BadDocument for the chunk's first line that is no document."""
+
+
+@dataclass(frozen=True)
+class PythonEncoder:
+    """orjson reads the lines, the tokenizer encodes one text at a time."""
+
+    tokenizer: Tokenizer
+    keys: tuple[str, ...]
+    append_eod: bool
+
+    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
+        return [self._encode(texts) for texts in read_texts(chunk, self.keys)]
+
+    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
+        documents = [self.tokenizer.encode(text) for text in texts]
+        if self.append_eod:
+            for ids in documents:
+                if ids:  # Megatron-LM ends no document that holds nothing
+                    ids.append(self.tokenizer.eod_id)
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        tokens = np.fromiter(itertools.chain.from_iterable(documents), token_dtype(self.tokenizer.vocab_size),
+                             int(lengths.sum(dtype=np.int64)))
+        return EncodedTexts(tokens, lengths, sum(len(text.encode()) for text in texts))
+
+
+def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, *,
+                   native: bool = True) -> tuple[Encoder, str]:
+    """The fastest encoder that gives `tokenizer`'s ids, and a line that says which it is and why.
+
+    native: whether the one in C++ may be chosen.
+    """
+    try:
+        if native:
+            return _native_encoder(tokenizer, keys, append_eod), "encoder: native, a sample checked"
+        why = "as --encoder library asks"
+    except _NotNative as reason:
+        why = f"not the native one: {reason}"
+    return PythonEncoder(tokenizer, keys, append_eod), f"encoder: {type(tokenizer).__name__}'s library, {why}"
+
+
+class _NotNative(Exception):
+    """Why the native encoder is not used."""
+
+
+def _native_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool) -> Encoder:
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise _NotNative("it encodes as the SentencePieceTokenizer alone does")
+    try:
+        from megatron.pretrain.data.native_encoder import Declined, NativeEncoder
+    except ImportError:
+        raise _NotNative("it was not built; `pip install -e .` builds it, given a C++ compiler") from None
+    try:
+        return NativeEncoder(tokenizer, keys, append_eod)
+    except Declined as reason:
+        raise _NotNative(f"{reason}, which it does not cover") from None

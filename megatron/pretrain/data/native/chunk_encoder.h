@@ -1,0 +1,90 @@
+// Lines to columns: for each key the ids of all documents end to end, and how many each has.
+#pragma once
+
+#include <optional>
+
+#include "json_line.h"
+#include "text_encoder.h"
+
+namespace neo {
+
+template <class Id>
+struct Column {
+  Buffer<Id> ids;
+  std::vector<int32_t> lengths;
+  uint64_t text_bytes = 0;
+};
+
+template <class Id>
+class ChunkEncoder {
+ public:
+  // end_id: what ends each document that is not empty, if anything does.
+  ChunkEncoder(const Model& model, const std::vector<std::string>& keys, std::optional<Id> end_id)
+      : vocabulary_(model),
+        encoder_(vocabulary_),
+        line_(keys, vocabulary_.add_dummy_prefix() ? " " : ""),
+        columns_(keys.size()),
+        end_id_(end_id) {}
+
+  // Forgets the columns; what was learnt of units stays.
+  void clear() {
+    for (Column<Id>& column : columns_) {
+      column.ids.clear();
+      column.lengths.clear();
+      column.text_bytes = 0;
+    }
+  }
+
+  // Appends the documents of the lines from `start` on. Returns where it stopped: the size of the data, or
+  // the beginning of the first line that it leaves to others.
+  size_t encode_lines(const Byte* data, size_t size, size_t start) {
+    const Byte* at = data + start;
+    const Byte* end = data + size;
+    while (at < end && line_.read(at, end, at)) {
+      for (size_t key = 0; key < columns_.size(); ++key)
+        append(columns_[key], line_.text(key), line_.text_size(key));
+    }
+    return static_cast<size_t>(at - data);
+  }
+
+  // Appends a document to one column: `text` is valid UTF-8, read by others.
+  void encode_text(size_t key, const Byte* text, size_t size) {
+    text_.clear();
+    if (size && vocabulary_.add_dummy_prefix()) text_.push_back(' ');
+    text_.append(text, text + size);
+    append(columns_[key], text_, size);
+  }
+
+  // Where the last unit of a text begins, as an offset in it: up to there its ids do not depend on the
+  // rest. 0 for a text of one unit.
+  size_t last_boundary(const Byte* text, size_t size) const {
+    const Byte* last = text;
+    Splitter(vocabulary_).split(text, size, [&last](const Byte* unit, size_t) { last = unit; });
+    return static_cast<size_t>(last - text);
+  }
+
+  const Column<Id>& column(size_t key) const { return columns_.at(key); }
+  size_t columns() const { return columns_.size(); }
+
+ private:
+  void append(Column<Id>& column, const Text& text, size_t text_size) {
+    const size_t before = column.ids.size();
+    encoder_.encode(text.data(), text.size(), column.ids);
+    if (end_id_ && column.ids.size() > before) {
+      Id* end = column.ids.room_for(1);
+      *end = *end_id_;
+      column.ids.finish(end + 1);
+    }
+    column.lengths.push_back(static_cast<int32_t>(column.ids.size() - before));
+    column.text_bytes += text_size;
+  }
+
+  Vocabulary vocabulary_;
+  TextEncoder<Id> encoder_;
+  JsonLine line_;
+  std::vector<Column<Id>> columns_;
+  std::optional<Id> end_id_;
+  Text text_;
+};
+
+}  // namespace neo

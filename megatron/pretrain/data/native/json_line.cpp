@@ -1,0 +1,225 @@
+#include "json_line.h"
+
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+namespace neo {
+namespace {
+
+constexpr int kMostDepth = 64;
+constexpr ptrdiff_t kMostDigits = 100;
+constexpr uint64_t kOnes = 0x0101010101010101ull, kHighs = 0x8080808080808080ull;
+
+int hex_digit(Byte byte) {
+  if (byte >= '0' && byte <= '9') return byte - '0';
+  const Byte lower = byte | 0x20;
+  return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+}
+
+bool is_digit(Byte byte) { return byte >= '0' && byte <= '9'; }
+// What ends a run of plain characters in a string. JSON allows no raw control character in one.
+bool is_special(Byte byte) { return byte == '"' || byte == '\\' || byte < 0x20; }
+
+// A high bit wherever a byte of the word is special, and perhaps in bytes above (in value) such a one:
+// subtracting borrows only upwards, so that no bit at all means no special byte, and the lowest is right.
+uint64_t special_bits(uint64_t word) {
+  const uint64_t quote = word ^ kOnes * '"', backslash = word ^ kOnes * '\\';
+  return ((quote - kOnes) & ~quote) | ((backslash - kOnes) & ~backslash) | ((word - kOnes * 0x20) & ~word);
+}
+
+}  // namespace
+
+JsonLine::JsonLine(std::vector<std::string> keys, std::string prefix)
+    : keys_(std::move(keys)), prefix_(std::move(prefix)), texts_(keys_.size()), found_(keys_.size()) {}
+
+size_t JsonLine::text_size(size_t key) const {
+  const size_t size = texts_[key].size();
+  return size ? size - prefix_.size() : 0;
+}
+
+bool JsonLine::read(const Byte* at, const Byte* end, const Byte*& next) {
+  at_ = at;
+  end_ = end;
+  string_bits_ = 0;
+  std::fill(found_.begin(), found_.end(), false);
+  if (!read_object()) return false;
+  skip_space();
+  if (at_ < end_ && *at_ != '\n') return false;
+  if (std::find(found_.begin(), found_.end(), false) != found_.end()) return false;
+  // Outside of strings JSON is ASCII, so that the line is to be checked only if its strings are not.
+  if ((string_bits_ & kHighs) && !is_utf8(at, at_)) return false;
+  next = at_ < end_ ? at_ + 1 : end_;
+  return true;
+}
+
+bool JsonLine::read_object() {
+  skip_space();
+  if (!take('{')) return false;
+  do {
+    if (!read_member()) return false;
+    skip_space();
+  } while (take(','));
+  return take('}');
+}
+
+bool JsonLine::read_member() {
+  skip_space();
+  const Byte* name = at_ + 1;
+  if (!skip_string()) return false;
+  const std::string_view key(reinterpret_cast<const char*>(name), static_cast<size_t>(at_ - 1 - name));
+  if (key.find('\\') != key.npos) return false;
+  skip_space();
+  if (!take(':')) return false;
+  skip_space();
+  const auto wanted = std::find(keys_.begin(), keys_.end(), key);
+  if (wanted == keys_.end()) return skip_value(kMostDepth);
+  const auto number = static_cast<size_t>(wanted - keys_.begin());
+  found_[number] = true;
+  return read_text(texts_[number]);
+}
+
+bool JsonLine::read_text(Text& text) {
+  if (!take('"')) return false;
+  text.clear();
+  text.append(reinterpret_cast<const Byte*>(prefix_.data()),
+              reinterpret_cast<const Byte*>(prefix_.data()) + prefix_.size());
+  for (;;) {
+    const Byte* run = at_;
+    at_ = find_special();
+    text.append(run, at_);
+    if (at_ == end_) return false;
+    if (take('"')) break;
+    if (!take('\\') || !append_escape(text)) return false;
+  }
+  if (text.size() == prefix_.size()) text.clear();  // an empty text has no prefix either
+  return true;
+}
+
+bool JsonLine::append_escape(Text& text) {
+  if (at_ == end_) return false;
+  switch (*at_++) {
+    case '"': text.push_back('"'); return true;
+    case '\\': text.push_back('\\'); return true;
+    case '/': text.push_back('/'); return true;
+    case 'b': text.push_back('\b'); return true;
+    case 'f': text.push_back('\f'); return true;
+    case 'n': text.push_back('\n'); return true;
+    case 'r': text.push_back('\r'); return true;
+    case 't': text.push_back('\t'); return true;
+    case 'u': break;
+    default: return false;
+  }
+  uint32_t unit, low;
+  if (!read_unit(unit)) return false;
+  if (unit >= 0xD800 && unit < 0xE000) {
+    if (unit >= 0xDC00 || !take('\\') || !take('u') || !read_unit(low)) return false;
+    if (low < 0xDC00 || low >= 0xE000) return false;
+    unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
+  }
+  text.append_character(unit);
+  return true;
+}
+
+bool JsonLine::read_unit(uint32_t& unit) {
+  if (end_ - at_ < 4) return false;
+  unit = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int digit = hex_digit(*at_++);
+    if (digit < 0) return false;
+    unit = unit << 4 | static_cast<uint32_t>(digit);
+  }
+  return true;
+}
+
+// Escapes of a string that is not read are checked all the same: a bad one makes the line no JSON.
+bool JsonLine::skip_string() {
+  if (!take('"')) return false;
+  Text ignored;
+  for (;;) {
+    at_ = find_special();
+    if (at_ == end_) return false;
+    if (take('"')) return true;
+    if (!take('\\') || !append_escape(ignored)) return false;
+  }
+}
+
+bool JsonLine::skip_value(int depth) {
+  if (at_ == end_ || depth == 0) return false;
+  switch (*at_) {
+    case '"': return skip_string();
+    case '{': return skip_container('}', depth - 1);
+    case '[': return skip_container(']', depth - 1);
+    case 't': return skip_word("true");
+    case 'f': return skip_word("false");
+    case 'n': return skip_word("null");
+    default: return skip_number();
+  }
+}
+
+bool JsonLine::skip_container(Byte close, int depth) {
+  ++at_;
+  skip_space();
+  if (take(close)) return true;
+  do {
+    skip_space();
+    if (close == '}') {
+      if (!skip_string()) return false;
+      skip_space();
+      if (!take(':')) return false;
+      skip_space();
+    }
+    if (!skip_value(depth)) return false;
+    skip_space();
+  } while (take(','));
+  return take(close);
+}
+
+bool JsonLine::skip_number() {
+  const Byte* start = at_;
+  take('-');
+  if (!take('0') && !skip_digits()) return false;
+  if (take('.') && !skip_digits()) return false;
+  if (at_ < end_ && (*at_ == 'e' || *at_ == 'E')) {
+    ++at_;
+    if (!take('+')) take('-');
+    if (!skip_digits()) return false;
+  }
+  return at_ - start <= kMostDigits;
+}
+
+bool JsonLine::skip_digits() {
+  const Byte* start = at_;
+  while (at_ < end_ && is_digit(*at_)) ++at_;
+  return at_ > start;
+}
+
+bool JsonLine::skip_word(const char* word) {
+  const size_t size = std::strlen(word);
+  if (static_cast<size_t>(end_ - at_) < size || std::memcmp(at_, word, size) != 0) return false;
+  at_ += size;
+  return true;
+}
+
+const Byte* JsonLine::find_special() {
+  const Byte* at = at_;
+  for (; end_ - at >= 8; at += 8) {
+    const uint64_t word = load(at);
+    if (special_bits(word) & kHighs) break;
+    string_bits_ |= word;
+  }
+  for (; at < end_ && !is_special(*at); ++at) string_bits_ |= *at * kOnes;
+  return at;
+}
+
+void JsonLine::skip_space() {
+  while (at_ < end_ && (*at_ == ' ' || *at_ == '\t' || *at_ == '\r')) ++at_;
+}
+
+bool JsonLine::take(Byte byte) {
+  if (at_ == end_ || *at_ != byte) return false;
+  ++at_;
+  return true;
+}
+
+}  // namespace neo

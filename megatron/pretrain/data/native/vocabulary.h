@@ -1,0 +1,101 @@
+// What merging needs to know of a model, in tables made for looking up.
+//
+// SentencePiece merges strings. Here a string is a number, its symbol: the piece's id, or, from
+// `pieces` on, a character that stands in pieces without being one. Every string that can come up has
+// exactly one symbol: merging starts from characters and each merge makes a piece, and no two pieces
+// have the same text. So two symbols that lie side by side make a piece if and only if their pair is in
+// the table of merges, which holds every way to cut a piece into two strings that have symbols.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "model.h"
+#include "utf8.h"
+
+namespace neo {
+
+using Symbol = uint32_t;
+// A character that stands in no piece. It has no neighbour to merge with: see `may_join`.
+constexpr Symbol kNoSymbol = 0xFFFFFFFF;
+constexpr uint32_t kSpaceMark = 0x2581;  // ▁, which SentencePiece writes for a space
+
+// What a pair of symbols becomes. Ranks are the scores' order as integers: the smaller rank has the
+// greater score, equal scores have equal ranks.
+struct Merge {
+  static constexpr int32_t kNever = 0x7FFFFFFF;
+  int32_t rank = kNever;
+  Symbol symbol = kNoSymbol;
+};
+
+class Vocabulary {
+ public:
+  explicit Vocabulary(const Model& model);
+
+  bool add_dummy_prefix() const { return add_dummy_prefix_; }
+  bool has_space() const { return is_piece(symbol_of(kSpaceMark)); }
+
+  // A space counts as the space mark: the text that SentencePiece merges has no space left in it.
+  Symbol symbol_of(uint32_t code_point) const {
+    return characters_[page_of_[code_point >> kPageBits]][code_point & kPageMask];
+  }
+  bool is_piece(Symbol symbol) const { return symbol < pieces_; }
+  // The character of a symbol that is no piece.
+  uint32_t character_of(Symbol symbol) const { return extra_characters_[symbol - pieces_]; }
+  uint32_t byte_id(Byte byte) const { return byte_ids_[byte]; }
+
+  Merge merge_of(Symbol left, Symbol right) const {
+    const uint64_t key = pair_key(left, right);
+    const uint64_t hash = hash_of(key);
+    if (!(merge_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1)) return Merge{};
+    for (size_t slot = hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
+      if (merges_[slot].key == key) return merges_[slot].merge;
+      if (merges_[slot].key == kNoKey) return Merge{};
+    }
+  }
+
+  // False only where the characters stand side by side in no piece. (True may be a chance match of the
+  // filter; that costs time, not exactness.) Neither may be kNoSymbol.
+  bool may_join(Symbol left, Symbol right) const {
+    const uint64_t hash = hash_of(pair_key(left, right));
+    return join_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1;
+  }
+  // The same for ASCII characters, exactly: bit `right` of 128.
+  const std::array<uint64_t, 2>& ascii_joins(Byte left) const { return ascii_joins_[left]; }
+
+ private:
+  struct MergeSlot {
+    uint64_t key = kNoKey;
+    Merge merge;
+  };
+  class Builder;
+
+  static constexpr int kPageBits = 8;
+  static constexpr uint32_t kPageMask = (1u << kPageBits) - 1;
+  static constexpr uint32_t kPages = 0x110000 >> kPageBits;
+  static constexpr uint64_t kNoKey = ~0ull;
+  static constexpr size_t kFilterWords = 1 << 15;  // 2 Mbit, 256 KiB: stays in a core's own cache
+  static constexpr size_t kFilterMask = kFilterWords - 1;
+
+  static uint64_t pair_key(Symbol left, Symbol right) { return static_cast<uint64_t>(left) << 32 | right; }
+  static uint64_t hash_of(uint64_t key) {
+    const uint64_t mixed = key * 0x9E3779B97F4A7C15ull;
+    return (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9ull >> 11;
+  }
+
+  using Page = std::array<Symbol, 1 << kPageBits>;
+  std::vector<Page> characters_;
+  std::array<uint16_t, kPages> page_of_{};
+  std::vector<uint32_t> extra_characters_;
+  std::array<uint32_t, 256> byte_ids_{};
+  std::vector<MergeSlot> merges_;
+  size_t merge_mask_ = 0;
+  std::vector<uint64_t> merge_filter_, join_filter_;
+  std::array<std::array<uint64_t, 2>, 128> ascii_joins_{};
+  Symbol pieces_ = 0;
+  bool add_dummy_prefix_ = true;
+};
+
+}  // namespace neo
