@@ -30,7 +30,7 @@ _STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "Hal
              "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
              "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
              "BoolStorage": torch.bool}
-_LOCAL_HEADER = struct.Struct("<4s22xHH")    # signature, ..., bytes of the name, bytes of what follows it
+LOCAL_HEADER = struct.Struct("<4s22xHH")    # signature, ..., bytes of the name, bytes of what follows it
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def map_chunk(path: Path, offset_bytes: int, length_bytes: int) -> Chunk:
     # zipfile finds the archive from its end, so what precedes it in the first page does no harm.
     archive = zipfile.ZipFile(window)
     root = next(name for name in (*archive.namelist(), "") if name.endswith("/data.pkl") or not name)
-    saved = _TensorUnpickler(io.BytesIO(archive.read(root))).load()
-    if not isinstance(saved, _Saved):
+    saved = TensorUnpickler(io.BytesIO(archive.read(root))).load()
+    if not isinstance(saved, SavedTensor):
         raise ValueError(f"it holds no tensor but {type(saved).__name__}")
     _check_byte_order(archive, root.replace("data.pkl", "byteorder"))
     entry = archive.getinfo(root.replace("data.pkl", f"data/{saved.storage.key}"))
@@ -83,7 +83,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class SavedTensor:
     """What the pickle of a plain tensor says."""
 
     storage: _Storage
@@ -92,7 +92,7 @@ class _Saved:
     stride: tuple[int, ...]
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class TensorUnpickler(pickle.Unpickler):
     """Reads a tensor's description; every other name is refused, and none is called."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -111,11 +111,11 @@ class _TensorUnpickler(pickle.Unpickler):
         return _Storage(dtype, key)
 
 
-def _saved(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Saved:
-    return _Saved(storage, offset, tuple(size), tuple(stride))
+def _saved(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> SavedTensor:
+    return SavedTensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _of_parameter(saved: _Saved, *_: Any) -> _Saved:
+def _of_parameter(saved: SavedTensor, *_: Any) -> SavedTensor:
     return saved
 
 
@@ -126,10 +126,10 @@ def _check_byte_order(archive: zipfile.ZipFile, name: str) -> None:
 
 def _content(window: _Window, entry: zipfile.ZipInfo) -> memoryview:
     """The entry's bytes, without a copy."""
-    signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(window, entry.header_offset)
+    signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(window, entry.header_offset)
     if signature != b"PK\3\4" or entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError("its elements are compressed or lost")
-    start = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+    start = entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
     content = memoryview(window)[start:start + entry.file_size]
     if len(content) != entry.file_size:
         raise ValueError("its elements are cut off")

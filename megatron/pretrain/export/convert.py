@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.pretrain.checkpoint.manifest import Manifest, read_manifest
+from megatron.pretrain.checkpoint.manifest import Manifest
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import EXPORT_FILE
-from megatron.pretrain.export.hf import (
-    SpecialIds, TensorSpec, generation_config, llama_config, write_json, write_safetensors)
-from megatron.pretrain.export.names import Rule, llama_rules
-from megatron.pretrain.export.reader import TorchDistCheckpoint
+from megatron.pretrain.export.checkpoints import Checkpoint, architecture_of, describe, open_checkpoint
+from megatron.pretrain.export.hf import TensorSpec, write_json, write_safetensors
+from megatron.pretrain.export.hf_config import CONFIG_FILE, SpecialIds, config_json, generation_config
+from megatron.pretrain.export.names import Architecture, Rule
 from megatron.pretrain.export.shape import ModelShape, model_shape
 from megatron.pretrain.export.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
 
@@ -32,14 +32,16 @@ class Options:
     tokenizer_path: Path | None = None
     dtype: torch.dtype | None = None
     max_shard_bytes: int = 5 * 10**9
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """A conversion that has been checked as far as it can be without reading the weights."""
 
-    checkpoint: TorchDistCheckpoint
+    checkpoint: Checkpoint
     manifest: Manifest
+    architecture: Architecture
     shape: ModelShape
     rules: tuple[tuple[str, Rule], ...]
     specs: tuple[TensorSpec, ...]
@@ -53,22 +55,23 @@ class Plan:
 
 
 def plan_conversion(folder: Path, options: Options) -> Plan:
-    """Check one iteration's folder against its run.json, the tokenizer and `options`; reads no weights.
+    """Check one iteration's folder against what describes it, the tokenizer and `options`; reads no weights.
 
     Raises UserError naming what is missing, damaged or contradictory.
     """
-    checkpoint = TorchDistCheckpoint(folder)
-    manifest = read_manifest(folder)
+    checkpoint = open_checkpoint(folder)
+    manifest = describe(checkpoint, options.tokenizer_path)
+    architecture = architecture_of(manifest, options.architecture)
     tokenizer = find_tokenizer(manifest, options.tokenizer_path)
     shape = model_shape(manifest, _vocabulary(manifest, options.vocab_size))
-    rules = tuple(_match(checkpoint, shape))
+    rules = tuple(_match(checkpoint, architecture, shape))
     specs = tuple(
         TensorSpec(hf_name, tuple(tensor.shape), options.dtype or tensor.dtype)
         for name, rule in rules
         for hf_name, tensor in _apply(rule, _on_meta(checkpoint, name), shape))
     _check_rows(specs, shape)
     checkpoint.check_files()
-    return Plan(checkpoint, manifest, shape, rules, specs, tokenizer, options.max_shard_bytes)
+    return Plan(checkpoint, manifest, architecture, shape, rules, specs, tokenizer, options.max_shard_bytes)
 
 
 def run_conversion(plan: Plan, target: Path,
@@ -105,10 +108,11 @@ def _check_rows(specs: Sequence[TensorSpec], shape: ModelShape) -> None:
                         "with its padding: leave it out, and those that were trained are kept")
 
 
-def _match(checkpoint: TorchDistCheckpoint, shape: ModelShape) -> Iterator[tuple[str, Rule]]:
+def _match(checkpoint: Checkpoint, architecture: Architecture,
+           shape: ModelShape) -> Iterator[tuple[str, Rule]]:
     """Pair every rule with the name its tensor was saved under; neither may be left over."""
     folder, left_over = checkpoint.folder, dict.fromkeys(checkpoint.names())
-    for rule in llama_rules(shape):
+    for rule in architecture.rules(shape):
         name = next((name for name in rule.megatron if name in left_over), None)
         if name is None:
             raise UserError(f"{folder} has no {rule.megatron[0]}, but a model as run.json describes it "
@@ -121,11 +125,11 @@ def _match(checkpoint: TorchDistCheckpoint, shape: ModelShape) -> Iterator[tuple
                             "the two do not belong together")
         yield name, rule
     if left_over:
-        raise UserError(f"{folder} has {next(iter(left_over))}, for which a Llama model as run.json "
+        raise UserError(f"{folder} has {next(iter(left_over))}, for which a {architecture.name} as run.json "
                         "describes it has no place: only such models can be converted")
 
 
-def _on_meta(checkpoint: TorchDistCheckpoint, name: str) -> Tensor:
+def _on_meta(checkpoint: Checkpoint, name: str) -> Tensor:
     return torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta")
 
 
@@ -142,7 +146,7 @@ def _write_descriptions(plan: Plan, folder: Path) -> None:
     """Everything but the weights."""
     manifest = plan.manifest
     ids = SpecialIds(manifest.tokenizer["bos_id"], manifest.tokenizer["eos_id"], manifest.tokenizer["eod_id"])
-    write_json(folder / "config.json", llama_config(plan.shape, ids, plan.specs[0].dtype))
+    write_json(folder / CONFIG_FILE, config_json(plan.architecture, plan.shape, ids, plan.specs[0].dtype))
     write_json(folder / "generation_config.json", generation_config(ids))
     if plan.tokenizer is not None:
         write_tokenizer(plan.tokenizer, folder, plan.shape.max_position_embeddings)
