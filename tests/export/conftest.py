@@ -47,12 +47,12 @@ def written(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
 
 @pytest.fixture
 def damaged(written, tmp_path) -> Path:
-    """A copy of `written` to be damaged; its run.json no longer lists file sizes, so that the reader itself
-    must find what is wrong."""
+    """A copy of `written` to be damaged; its run.json no longer lists files, so that the reader itself must find
+    what is wrong."""
     import json
 
     folder = tmp_path / "iter_0000100"
     shutil.copytree(written, folder)
     content = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**content, "file_bytes": {}}))
+    (folder / "run.json").write_text(json.dumps({**content, "file_bytes": {}, "file_ends": {}}))
     return folder
