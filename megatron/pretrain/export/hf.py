@@ -34,12 +34,17 @@ def write_json(path: Path, content: Any) -> None:
     path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements' bytes in the order of the indices; a copy only where they do not lie so."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def write_safetensors(folder: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]],
                       max_shard_bytes: int) -> Iterator[int]:
     """Write `tensors`, which come in the order of `specs`, to shards in `folder`, with their index.
 
     A shard's header states every offset, and `specs` knows them all beforehand: so each tensor goes to
-    the disk as it comes and no more than one is held in memory. Yields the bytes of each tensor written.
+    the disk as it comes, and none is held here. Yields the bytes of each tensor written.
     """
     shards = _fill_shards(specs, max_shard_bytes)
     file_names = _shard_names(len(shards))
@@ -89,7 +94,6 @@ def _header(shard: Sequence[TensorSpec]) -> bytes:
 
 
 def _write_tensor(file: BinaryIO, spec: TensorSpec, name: str, tensor: Tensor) -> int:
-    tensor = tensor.to(spec.dtype)
-    if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
-        raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
-    return file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    if (name, tuple(tensor.shape), tensor.dtype) != (spec.name, spec.shape, spec.dtype):
+        raise RuntimeError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {spec} was announced")
+    return file.write(bytes_of(tensor))
