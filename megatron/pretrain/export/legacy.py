@@ -150,7 +150,9 @@ def _open_file(folder: Path) -> SavedFile:
 
 
 def _same_iteration(folder: Path, files: Mapping[tuple[int, int], SavedFile]) -> int:
-    iterations = {file.content.get("iteration"): file.path.parent.name for file in files.values()}
+    iterations: dict[Any, str] = {}
+    for file in files.values():
+        iterations.setdefault(file.content.get("iteration"), file.path.parent.name)
     if len(iterations) > 1:
         (one, here), (other, there), *_ = iterations.items()
         raise UserError(f"{folder} mixes two iterations: {here} is of {one}, {there} of {other}")

@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def write_torch_dist(folder: Path, num_layers: int, tensors: Iterable[tuple[str,
             entry = entries.setdefault(key, TensorStorageMetadata(_properties(chunk), size, []))
             entry.chunks.append(ChunkStorageMetadata(offsets, chunk.size()))
             start_byte = file.tell()
-            torch.save(_alone(chunk), file)
+            _save(_alone(chunk), file)
             places[MetadataIndex(key, offsets)] = _StorageInfo(DATA_FILE, start_byte, file.tell() - start_byte)
             yield tensor.nbytes
     torch.save(dict(common), folder / COMMON_FILE)
@@ -58,6 +58,16 @@ def _stacked(name: str, tensor: Tensor, num_layers: int) -> tuple[str, torch.Siz
         return name, tensor.size(), torch.Size([0] * tensor.dim()), tensor
     return (f"decoder.layers.{layer[2]}", torch.Size([num_layers, *tensor.size()]),
             torch.Size([int(layer[1])] + [0] * tensor.dim()), tensor.unsqueeze(0))
+
+
+def _save(tensor: Tensor, file: BinaryIO) -> None:
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as problem:
+        # torch ends its archive although writing failed, fails again, and hides what the system said.
+        if isinstance(problem.__context__, OSError):
+            raise problem.__context__ from None
+        raise
 
 
 def _properties(tensor: Tensor) -> TensorProperties:
