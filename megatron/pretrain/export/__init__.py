@@ -7,9 +7,10 @@
     shape, names, weights                which tensor becomes which, and how, in both directions
     tokenizer_files, sentencepiece_json  the tokenizer, with the ids that the model was trained on
     hf, hf_config, hf_reader             safetensors and config.json, streamed
-    convert                              one checkpoint to one folder
+    convert, ahead, card                 one checkpoint to one folder
+    verify, forward                      whether that folder is what it should be
     to_megatron, torch_dist_writer       one folder to one checkpoint
-    batch, batch_config, choose          many, chosen by the tokens they have seen
+    batch, batch_config, choose, jobs    many, chosen by the tokens they have seen
 
 Nothing here needs a GPU, a process group or the training code.
 """

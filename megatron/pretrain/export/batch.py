@@ -87,9 +87,9 @@ def _parser() -> FlagParser:
                         help="leave folders that exist as they are; without it they are an error")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--verify", action="store_true",
-                        help="before a folder gets its name: hold what was read against the checkpoint's checksums, "
-                             "read each tensor back from the disk, and where memory allows compare the logits of "
-                             "both sides on a sample text")
+                        help="before a folder gets its name: hold what was read against the checkpoint's "
+                             "checksums, read each tensor back from the disk, and where memory allows compare "
+                             "the logits of both sides on a sample text")
     parser.add_argument("--jobs", type=positive_number, default=1, metavar="N",
                         help="checkpoints to convert at once, each in a process of its own (default: 1)")
     parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE",
@@ -97,8 +97,8 @@ def _parser() -> FlagParser:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
                         help="type of the weights; over BF16 of the configuration")
     parser.add_argument("--architecture", metavar="NAME",
-                        help="MistralForCausalLM, say (default: LlamaForCausalLM; Qwen3ForCausalLM where queries and "
-                             "keys have norms)")
+                        help="MistralForCausalLM, say (default: LlamaForCausalLM; Qwen3ForCausalLM where "
+                             "queries and keys have norms)")
     parser.add_argument("--vocab-size", type=positive_number, metavar="N",
                         help="vocabulary rows to keep; over VOCAB_SIZE (default: those that were trained)")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
@@ -167,7 +167,8 @@ def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> li
         elif not flags.skip_existing:
             raise UserError(f"{job.target} exists: remove it, or let --skip-existing leave it as it is")
     if flags.dry_run:
-        said = {job: Result(job, f"would be converted, {_size(task.size_bytes)}") for job, task in tasks.items()}
+        said = {job: Result(job, f"would be converted, {_size(task.size_bytes)}")
+                for job, task in tasks.items()}
     else:
         outcomes = convert_all(list(tasks.values()), flags.jobs)
         said = {job: _result(job, task, outcome) for (job, task), outcome in zip(tasks.items(), outcomes)}
@@ -183,9 +184,10 @@ def _result(job: Job, task: Task, outcome: Outcome) -> Result:
 
 def _raise_failures(results: Sequence[Result]) -> None:
     failures = [result.failure for result in results if result.failure]
+    if len(failures) == 1:
+        raise UserError(failures[0])
     if failures:
-        others = f" ({len(failures)} of {len(results)} failed: {'; '.join(failures[1:])})" if failures[1:] else ""
-        raise UserError(failures[0] + others)
+        raise UserError(f"{len(failures)} of {len(results)} failed: {'; '.join(failures)}")
 
 
 def _converted_iteration(target: Path) -> int | None:

@@ -70,7 +70,8 @@ def model_card(manifest: Manifest, shape: ModelShape, architecture: str, dtype: 
 
 def _table(rows: dict[str, object]) -> str:
     """Rows without a value are left out."""
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value != "")
+    lines = [f"| {name} | {value} |\n" for name, value in rows.items() if value != ""]
+    return "| | |\n|---|---|\n" + "".join(lines)
 
 
 def _code(text: str | None) -> str:

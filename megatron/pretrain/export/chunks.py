@@ -111,7 +111,8 @@ class TensorUnpickler(pickle.Unpickler):
         return _Storage(dtype, key)
 
 
-def _saved(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> SavedTensor:
+def _saved(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...],
+           *_: Any) -> SavedTensor:
     return SavedTensor(storage, offset, tuple(size), tuple(stride))
 
 

@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: how long it took and what was verified, or the sentence that says why it failed."""
+    """What became of a task: how long it took and what was verified, or why it failed, in a sentence."""
 
     seconds: float
     verified: str = ""
@@ -102,8 +102,9 @@ class _Display:
             progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
             progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
             console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self._numbers = [self._bars.add_task(f"{task.source.name} -> {task.target.name}", total=task.size_bytes)
-                         for task in tasks]
+        self._numbers = [
+            self._bars.add_task(f"{task.source.name} -> {task.target.name}", total=task.size_bytes)
+            for task in tasks]
 
     def __enter__(self) -> _Display:
         self._bars.start()
@@ -118,5 +119,5 @@ class _Display:
         self._bars.advance(self._numbers[number], size_bytes)
         if self._bars.disable and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print(f"{self._done_bytes / self._total_bytes:.0%} of {self._total_bytes / 1e6:,.0f} MB converted",
-                  file=sys.stderr, flush=True)
+            done = self._done_bytes / self._total_bytes
+            print(f"{done:.0%} of {self._total_bytes / 1e6:,.0f} MB converted", file=sys.stderr, flush=True)

@@ -76,8 +76,8 @@ def check_written(folder: Path, specs: Sequence[TensorSpec], checksums: Mapping[
         tensor = written.read(spec.name)
         if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype) \
                 or _checksum(tensor) != checksums[spec.name]:
-            raise UserError(f"verification failed: {spec.name}, read back from the disk, is not what was written: "
-                            "is the disk sound?")
+            raise UserError(f"verification failed: {spec.name}, read back from the disk, is not what was "
+                            "written: is the disk sound?")
 
 
 def compare_logits(folder: Path, read: Read, names: Sequence[str], shape: ModelShape, dtype: torch.dtype,
@@ -120,7 +120,7 @@ def _free_bytes() -> int:
 
 
 def _sample_ids(folder: Path, shape: ModelShape) -> Tensor:
-    """Ids `[tokens]` of SAMPLE_TEXT by the folder's own tokenizer; some of the vocabulary where it has none."""
+    """Ids `[tokens]` of SAMPLE_TEXT by the folder's tokenizer; some of the vocabulary where it has none."""
     if not (folder / "tokenizer_config.json").is_file():
         return torch.arange(shape.vocab_size)[::max(1, shape.vocab_size // 48)]
     tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
