@@ -21,8 +21,8 @@ DESCRIPTION = """\
 Turn a Hugging Face folder (config.json and .safetensors) into a checkpoint that training starts from, with
 any tensor- and pipeline-parallel size. No GPU is needed, and memory for one tensor.
 
-Llama, Mistral (without a sliding window) and, for Megatron-LM, Qwen3. The vocabulary is padded again; added rows
-are the mean of the others."""
+Llama, Mistral (without a sliding window) and, for Megatron-LM, Qwen3. The vocabulary is padded again; added
+rows are the mean of the others."""
 
 EXAMPLES = """\
 examples:
@@ -49,18 +49,21 @@ def main(argv: Sequence[str]) -> None:
         tokenizer_legacy=flags.tokenizer_sentencepiece_legacy, dtype=dtypes[flags.dtype],
         for_megatron_lm=flags.for_megatron_lm))
     shape, tokenizer = plan.shape, plan.tokenizer_config
-    print(f"{plan.architecture.name}: {shape.num_layers} layers of {shape.hidden_size}, {shape.vocab_size:,} rows of "
-          f"vocabulary, padded to {shape.padded_vocab_size:,}; {plan.size_bytes / 1e9:.2f} GB")
+    print(f"{plan.architecture.name}: {shape.num_layers} layers of {shape.hidden_size}, "
+          f"{shape.vocab_size:,} rows of vocabulary, padded to {shape.padded_vocab_size:,}; "
+          f"{plan.size_bytes / 1e9:.2f} GB")
     print(f"tokenizer: {tokenizer.tokenizer_model} ({tokenizer.tokenizer_type}"
-          f"{', legacy' if tokenizer.tokenizer_sentencepiece_legacy else ''}, {plan.tokenizer.vocab_size:,} ids)")
+          f"{', legacy' if tokenizer.tokenizer_sentencepiece_legacy else ''}, "
+          f"{plan.tokenizer.vocab_size:,} ids)")
     if flags.dry_run:
         return
     with ByteProgress(f"{flags.hf_dir.name} -> {flags.save.name}", plan.size_bytes) as progress:
         folder = run_import(plan, flags.save, verify=flags.verify, on_bytes=progress.advance)
-    print(f"{folder}: written{' and read back' if flags.verify else ''} in {time.monotonic() - started:.1f} s")
+    said = "written and read back" if flags.verify else "written"
+    print(f"{folder}: {said} in {time.monotonic() - started:.1f} s")
     if flags.for_megatron_lm:
-        print("for Megatron-LM: --load this --ckpt-format torch_dist --finetune; with no run.json, this project's own "
-              "trainer does not take it")
+        print("for Megatron-LM: --load this --ckpt-format torch_dist --finetune; with no run.json, this "
+              "project's own trainer does not take it")
     else:
         print(f"start from it with --load {flags.save} --finetune")
 
@@ -75,14 +78,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--tokenizer-type", choices=(*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer"),
                         help="default: SentencePieceTokenizer for a .model file, else HuggingFaceTokenizer")
     parser.add_argument("--tokenizer-sentencepiece-legacy", action="store_true",
-                        help="the NEO fork's vocabulary: <CLS> <SEP> <EOD> <MASK> <PAD> after the model's pieces")
+                        help="the NEO fork's vocabulary: <CLS> <SEP> <EOD> <MASK> <PAD> after the pieces")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
                         help="type of the weights (default: as they are)")
     parser.add_argument("--verify", action="store_true",
                         help="read each tensor back and compare it with the folder's, bit by bit")
     parser.add_argument("--for-megatron-lm", action="store_true",
-                        help="write what Megatron-LM reads (its args) instead of this project's run.json; also for "
-                             "models that only it trains")
+                        help="write what Megatron-LM reads (its args) instead of this project's run.json; "
+                             "also for models that only it trains")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     flags = parser.parse(argv)
     if flags.save.exists():

@@ -45,7 +45,7 @@ def trained_tp2_pp2(trained_layouts) -> Path:
 
 @pytest.fixture(scope="session")
 def of_megatron_lm(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
-    """NAME/iter_0000100 and NAME/expected.pt: torch_dist checkpoints with Megatron-LM's args and no run.json."""
+    """NAME/iter_0000100 and NAME/expected.pt: torch_dist with Megatron-LM's args and no run.json."""
     output = tmp_path_factory.mktemp("megatron_lm")
     script = repository / "tests/export/save_megatron_lm.py"
     outcome = run_tool(script, output, tiny_tokenizer, "plain", "qk_norm", env=ONE_THREAD)
@@ -64,8 +64,8 @@ def written(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Path:
 
 @pytest.fixture
 def damaged(written, tmp_path) -> Path:
-    """A copy of `written` to be damaged; its run.json no longer lists files, so that the reader itself must find
-    what is wrong."""
+    """A copy of `written` to be damaged; its run.json no longer lists files, so that the reader itself must
+    find what is wrong."""
     import json
 
     folder = tmp_path / "iter_0000100"

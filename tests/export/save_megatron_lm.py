@@ -3,8 +3,8 @@
     python save_megatron_lm.py OUTPUT TOKENIZER NAME...
 
 NAME is `plain`, or `qk_norm` for norms of query and key, which this project's trainer does not build: the
-engine's own layers do. OUTPUT/NAME/iter_0000100 is the checkpoint, OUTPUT/NAME/expected.pt the logits of PROMPT
-and the tokens that follow it.
+engine's own layers do. OUTPUT/NAME/iter_0000100 is the checkpoint, OUTPUT/NAME/expected.pt the logits of
+PROMPT and the tokens that follow it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from types import ModuleType
 import torch
 
 FLAGS = ("--num-layers 2 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 --seq-length 128 "
-         "--group-query-attention --num-query-groups 2 --kv-channels 48 --untie-embeddings-and-output-weights "
-         "--rotary-base 5000 --norm-epsilon 1e-4 --init-method-std 0.15 --micro-batch-size 1 --train-iters 10 "
-         "--lr 1e-3 --transformer-impl local --seed 7")
+         "--group-query-attention --num-query-groups 2 --kv-channels 48 "
+         "--untie-embeddings-and-output-weights --rotary-base 5000 --norm-epsilon 1e-4 "
+         "--init-method-std 0.15 --micro-batch-size 1 --train-iters 10 --lr 1e-3 "
+         "--transformer-impl local --seed 7")
 
 
 def main() -> None:

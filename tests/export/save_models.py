@@ -50,7 +50,8 @@ SHAPE = ("--hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 --seq-
 def main() -> None:
     output, tokenizer, *names = sys.argv[1:]
     for number, name in enumerate(names, 1):
-        if "TORCHELASTIC_RUN_ID" in os.environ:    # ranks meet anew for each layout, where no earlier meeting left its keys
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Ranks meet anew for each layout, where no earlier meeting has left its keys.
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False",
                            "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
         save(Path(output), Path(tokenizer), name)

@@ -1,8 +1,10 @@
-"""Whatever layout, format or trainer a checkpoint comes from: the converted model is the one that was trained."""
+"""Whatever layout, format or trainer a checkpoint is from: the converted model is what was trained."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -80,6 +82,30 @@ def test_a_llama_may_be_called_a_mistral(of_megatron_lm, prompt, tmp_path):
     assert_computes(tmp_path / "hf", torch.load(of_megatron_lm / "plain/expected.pt"), prompt)
     with pytest.raises(UserError, match="GPT2LMHeadModel is not known here; known are Llama"):
         plan_conversion(of_megatron_lm / "plain/iter_0000100", Options(architecture="GPT2LMHeadModel"))
+
+
+def test_the_forks_vocabulary_comes_back(trained_models, tmp_path):
+    convert(trained_models / "legacy/iter_0000100", tmp_path / "hf")
+    plan = plan_import(tmp_path / "hf", ImportOptions())
+    assert (plan.tokenizer.vocab_size, plan.tokenizer_config.tokenizer_sentencepiece_legacy) == (1005, True)
+
+
+class Hostile:
+    """Unpickled, it makes a folder: what stands for anything worse."""
+
+    def __init__(self, evidence: Path) -> None:
+        self.evidence = evidence
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.evidence),)
+
+
+def test_arguments_that_would_run_code_are_refused(of_megatron_lm, tmp_path):
+    folder = shutil.copytree(of_megatron_lm / "plain/iter_0000100", tmp_path / "iter_0000100")
+    torch.save({"args": argparse.Namespace(num_layers=Hostile(tmp_path / "ran"))}, folder / "common.pt")
+    with pytest.raises(UserError, match=r"common\.pt is refused: it names posix\.mkdir"):
+        plan_conversion(folder, Options())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_neither_run_json_nor_args(of_megatron_lm, tmp_path):

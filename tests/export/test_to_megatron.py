@@ -70,7 +70,8 @@ def test_there_and_back_are_the_same_bits(name: str, dtype: torch.dtype, tiny_to
     run_conversion(plan, tmp_path / "back")
     before, after = weights(source), weights(tmp_path / "back")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
     again, same_shape = read_config(tmp_path / "back")
     assert (again, same_shape) == (architecture, shape)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -94,11 +95,12 @@ def test_padding_adds_little_to_any_loss(tiny_tokenizer, tmp_path):
 
 
 def test_run_json_describes_the_model(tiny_tokenizer, tmp_path):
-    source = make(tmp_path / "hf", tiny_tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    source = make(tmp_path / "hf", tiny_tokenizer, rope_parameters=rope)
     manifest = read_manifest(to_megatron(source, tmp_path / "megatron"))
     model = manifest.run_config.model
-    assert (model.num_layers, model.kv_channels, model.num_query_groups, model.rotary_base, model.norm_epsilon) == (
-        3, 24, 2, 5e5, 1e-4)
+    assert (model.num_layers, model.kv_channels, model.num_query_groups) == (3, 24, 2)
+    assert (model.rotary_base, model.norm_epsilon) == (5e5, 1e-4)
     assert model.untie_embeddings_and_output_weights and model.group_query_attention
     assert (manifest.tokenizer["vocab_size"], manifest.tokenizer["eod_id"]) == (1000, 2)
 
@@ -107,16 +109,18 @@ def test_the_type_may_be_another(tiny_tokenizer, tmp_path):
     source = make(tmp_path / "hf", tiny_tokenizer)
     checkpoint = TorchDistCheckpoint(to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16))
     assert {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.bfloat16}
-    assert torch.equal(checkpoint.read("decoder.final_layernorm.weight"), weights(source)["model.norm.weight"].bfloat16())
+    norm = weights(source)["model.norm.weight"]
+    assert torch.equal(checkpoint.read("decoder.final_layernorm.weight"), norm.bfloat16())
 
 
 def test_the_tool_says_what_it_did_and_what_comes_next(tiny_tokenizer, tmp_path, run_tool):
     source = make(tmp_path / "hf", tiny_tokenizer, max_shard_size="1GB")
-    outcome = run_tool("tools/convert_hf_to_megatron.py", "--hf-dir", source, "--save", tmp_path / "new", "--verify")
+    command = "tools/convert_hf_to_megatron.py", "--hf-dir", source, "--save", tmp_path / "new"
+    outcome = run_tool(*command, "--verify")
     assert outcome.returncode == 0, outcome.stderr
     assert f"start from it with --load {tmp_path / 'new'} --finetune" in outcome.stdout
     assert (tmp_path / "new/iter_0000001/run.json").is_file()
-    outcome = run_tool("tools/convert_hf_to_megatron.py", "--hf-dir", source, "--save", tmp_path / "new")
+    outcome = run_tool(*command)
     assert (outcome.returncode, outcome.stderr) == (
         2, f"error: --save {tmp_path / 'new'} exists: remove it, or name another folder\n")
 
@@ -126,7 +130,7 @@ def test_layers_that_are_not_trained_here_are_only_for_megatron_lm(tiny_tokenize
     with pytest.raises(UserError, match="Qwen3ForCausalLM, whose layers this project does not train"):
         plan_import(source, ImportOptions())
     folder = to_megatron(source, tmp_path / "megatron", for_megatron_lm=True)
-    with pytest.raises(UserError, match=r"run\.json is missing"):    # so the trainer cannot start without the norms
+    with pytest.raises(UserError, match=r"run\.json is missing"):    # it would leave the norms out
         read_manifest(folder)
     with pytest.raises(UserError, match="the model has norms of query and key"):
         plan_conversion(folder, Options(architecture="LlamaForCausalLM"))
@@ -162,18 +166,22 @@ def configure(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def shard(folder: Path) -> Path:
+    return next(folder.glob("model-00002-of-*"))
+
+
 def without_a_tensor(folder: Path) -> None:
-    """Of one of the shards, which then no longer has what the index says."""
-    path = next(folder.glob("model-00002-of-*"))
+    """Take one out of a shard, which then no longer has what the index says."""
+    path = shard(folder)
     content = load_file(path)
     content.pop(sorted(content)[0])
     save_file(content, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [
-    (lambda folder: next(folder.glob("model-00002-*")).unlink(), r"model-00002-of-.* is missing: .*index\.json says"),
-    (lambda folder: os.truncate(next(folder.glob("model-00002-*")), 9000), "is truncated or no .safetensors file"),
-    (lambda folder: next(folder.glob("model-00002-*")).write_bytes(b"{}"), "is truncated or no .safetensors file"),
+    (lambda folder: shard(folder).unlink(), r"model-00002-of-.* is missing: .*index\.json says"),
+    (lambda folder: os.truncate(shard(folder), 9000), r"is truncated or no \.safetensors file"),
+    (lambda folder: shard(folder).write_bytes(b"{}"), r"is truncated or no \.safetensors file"),
     (without_a_tensor, "the files are not of one model"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), r"index\.json is damaged"),
     (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
@@ -186,7 +194,7 @@ def without_a_tensor(folder: Path) -> None:
     (lambda folder: configure(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "llama3"),
     (lambda folder: configure(folder, num_hidden_layers=2), r"has model\.layers\.2\..*no place"),
     (lambda folder: configure(folder, num_hidden_layers=4), r"has no model\.layers\.3\."),
-    (lambda folder: configure(folder, intermediate_size=161), r"gate_proj\.weight has shape \[160, 64\].*\[161, 64\]"),
+    (lambda folder: configure(folder, intermediate_size=161), r"gate_proj\.weight has shape \[160, 64\]"),
     (lambda folder: configure(folder, hidden_size=None), "is no configuration of a LlamaForCausalLM"),
     (lambda folder: configure(folder, num_key_value_heads=3), "must be a multiple of"),
     (lambda folder: configure(folder, vocab_size=999), r"embed_tokens\.weight has shape|has 1,000 ids"),

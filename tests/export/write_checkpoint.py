@@ -52,7 +52,8 @@ def write(output: Path, tokenizer: str, iteration: int, *, numbered: bool) -> No
         tokenizer={"type": "SentencePieceTokenizer", "fingerprint": trained.fingerprint,
                    "vocab_size": trained.vocab_size, "eod_id": trained.eod_id, "bos_id": trained.bos_id,
                    "eos_id": trained.eos_id},
-        mixture_hash="0" * 64, train_state={}, versions={}, file_bytes=file_sizes(folder), file_ends=file_ends(folder))
+        mixture_hash="0" * 64, train_state={}, versions={}, file_bytes=file_sizes(folder),
+        file_ends=file_ends(folder))
     manifest.write(folder)
 
 

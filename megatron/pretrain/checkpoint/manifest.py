@@ -134,8 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
                             f"says {size_bytes}")
     for name, end in manifest.file_ends.items():
         if _hash_of_end(folder / name) != end:
-            raise UserError(f"{folder / name}: not the file that was saved with {MANIFEST_NAME}, although of its size: "
-                            "two iterations are mixed here, or it is damaged")
+            raise UserError(f"{folder / name}: not the file that was saved with {MANIFEST_NAME}, although of "
+                            "its size: two iterations are mixed here, or it is damaged")
     return manifest
 
 

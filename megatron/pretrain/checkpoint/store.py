@@ -53,7 +53,8 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
         content["rng"] = _sharded_rng()
         dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
     if dist.get_rank() == 0:
-        dataclasses.replace(manifest, file_bytes=file_sizes(partial), file_ends=file_ends(partial)).write(partial)
+        dataclasses.replace(
+            manifest, file_bytes=file_sizes(partial), file_ends=file_ends(partial)).write(partial)
         _publish(partial, final)
     dist.barrier()
     return final

@@ -1,4 +1,4 @@
-"""A checkpoint of whatever kind: this project's, Megatron-LM's torch_dist, or its former mp_rank_XX folders."""
+"""A checkpoint of any kind: this project's, Megatron-LM's torch_dist, or its former mp_rank_XX folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMON_FILE = "common.pt"
 
 
 class Checkpoint(Protocol):
-    """The weights in one iteration's folder, whole and by today's names, whatever the layout they were saved in."""
+    """The weights in one iteration's folder, whole and by today's names, whatever layout saved them."""
 
     folder: Path
 
@@ -49,8 +49,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def describe(checkpoint: Checkpoint, tokenizer_path: Path | None) -> Manifest:
     """What the checkpoint is: its run.json, or else what Megatron-LM's arguments in it say.
 
-    `tokenizer_path` is where the tokenizer lies, if not where the run had it. Raises UserError where neither is
-    there, or they describe a model that cannot be converted.
+    `tokenizer_path` is where the tokenizer lies, if not where the run had it. Raises UserError where neither
+    is there, or they describe a model that cannot be converted.
     """
     folder = checkpoint.folder
     if isinstance(checkpoint, LegacyCheckpoint):
@@ -60,8 +60,9 @@ def describe(checkpoint: Checkpoint, tokenizer_path: Path | None) -> Manifest:
     content = SavedFile(folder / COMMON_FILE).content if (folder / COMMON_FILE).is_file() else {}
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, argparse.Namespace):
-        raise UserError(f"{folder}: not a whole checkpoint: {MANIFEST_NAME} is missing, by which this project says "
-                        f"what a model is, and {COMMON_FILE} has no args, by which Megatron-LM does")
+        raise UserError(f"{folder}: not a whole checkpoint: {MANIFEST_NAME} is missing, by which this "
+                        f"project says what a model is, and {COMMON_FILE} has no args, by which Megatron-LM "
+                        "does")
     iteration = content.get("iteration")
     return manifest_of(args, iteration if isinstance(iteration, int) else 0, folder, tokenizer_path)
 
@@ -73,6 +74,7 @@ def architecture_of(manifest: Manifest, wanted: str | None) -> Architecture:
         return QWEN3 if qk_norm else LLAMA
     architecture = find_architecture(wanted, "--architecture")
     if architecture.has_qk_norm != qk_norm:
-        raise UserError(f"--architecture {wanted}: the model {'has' if qk_norm else 'has no'} norms of query and key "
-                        f"(qk_layernorm), and a {wanted} {'has none' if qk_norm else 'needs them'}")
+        raise UserError(f"--architecture {wanted}: the model {'has' if qk_norm else 'has no'} norms of "
+                        f"query and key (qk_layernorm), and a {wanted} "
+                        f"{'has none' if qk_norm else 'needs them'}")
     return architecture

@@ -112,13 +112,13 @@ def _check_settings(config: dict[str, Any], architecture: Architecture, path: Pa
         # that knows them, of some length.
         said = config.get(key, "not said" if value is None else value)
         if said != value:
-            raise UserError(f"{path}: {key} is {said}, but only {orjson.dumps(value).decode()} is computed by "
-                            "the layers that Megatron's side is built from")
+            raise UserError(f"{path}: {key} is {said}, but only {orjson.dumps(value).decode()} is computed "
+                            "by the layers that Megatron's side is built from")
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: its rotary embedding is scaled or partial ({kind}), but only a plain one over "
-                        "the whole head is computed by the layers that Megatron's side is built from")
+        raise UserError(f"{path}: its rotary embedding is scaled or partial ({kind}), but only a plain one "
+                        "over the whole head is computed by the layers that Megatron's side is built from")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def _shape(config: dict[str, Any], path: Path) -> ModelShape:
     hidden_size, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
     if heads % groups:
-        raise UserError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}")
+        raise UserError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
+                        f"{groups}")
     return ModelShape(
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden_size,

@@ -31,7 +31,7 @@ class HfFolder:
     """The weights in a folder that transformers reads."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the files' headers alone. Raises UserError where a file is missing, damaged or of another format."""
+        """Read the headers alone. Raises UserError where a file is missing, damaged or of another format."""
         self.folder = folder
         self._entries: dict[str, _Entry] = {}
         index = _read_index(folder)
@@ -39,7 +39,8 @@ class HfFolder:
             self._entries |= _read_header(path)
         for name, path in index.items():
             if name not in self._entries or self._entries[name].path != path:
-                raise UserError(f"{path} has no {name}, but {INDEX_FILE} says so: the files are not of one model")
+                raise UserError(f"{path} has no {name}, but {INDEX_FILE} says so: the files are not of one "
+                                "model")
 
     def names(self) -> list[str]:
         """Names of all weights, as `model.layers.0.mlp.up_proj.weight`."""
@@ -53,13 +54,14 @@ class HfFolder:
         """A tensor's type. Raises UserError for one of a quantized model."""
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
-            raise UserError(f"{entry.path}: {name} is of type {entry.dtype}; only {', '.join(_DTYPES)} are weights to "
-                            "train from")
+            raise UserError(f"{entry.path}: {name} is of type {entry.dtype}; only {', '.join(_DTYPES)} are "
+                            "weights to train from")
         return _DTYPES[entry.dtype]
 
     def size_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(math.prod(entry.shape) * self.dtype(name).itemsize for name, entry in self._entries.items())
+        return sum(math.prod(entry.shape) * self.dtype(name).itemsize
+                   for name, entry in self._entries.items())
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped; the file is let go with the tensor, so no other stays in memory."""
@@ -100,6 +102,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys() if not name.endswith(_NOT_WEIGHTS)}
-            return {name: _Entry(path, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+            return {name: _Entry(path, tuple(one.get_shape()), one.get_dtype())
+                    for name, one in slices.items()}
     except (SafetensorError, OSError) as problem:
         raise UserError(f"{path} is truncated or no .safetensors file ({problem})") from None

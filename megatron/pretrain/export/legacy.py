@@ -1,8 +1,8 @@
 """Read Megatron-LM's former checkpoints, `mp_rank_XX/model_optim_rng.pt`, as the NEO fork wrote them too.
 
-Each tensor-parallel (XX) and pipeline-parallel (`mp_rank_XX_YYY`) rank wrote a file with its part of the model,
-as a module's state dict, and the arguments of the run. Layers are numbered anew in each stage, and matrices are
-cut over the tensor-parallel ranks: here both are put together again, a tensor at a time.
+Each tensor-parallel (XX) and pipeline-parallel (`mp_rank_XX_YYY`) rank wrote a file with its part of the
+model, as a module's state dict, and the arguments of the run. Layers are numbered anew in each stage, and
+matrices are cut over the tensor-parallel ranks: here both are put together again, a tensor at a time.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class LegacyCheckpoint:
     """The weights in one iteration's folder, under the names that megatron-core gives them today."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the files' pickles alone. Raises UserError if a rank's file is missing, damaged or of another run."""
+        """Read the pickles alone. Raises UserError if a rank's file is missing, damaged or of another run."""
         self.folder = folder
         files = _open_files(folder)
         first = files[0, 0].content
         self.args: argparse.Namespace = first["args"]
         self.iteration = _same_iteration(folder, files)
         if first.get("checkpoint_version", 0) < _OLDEST_VERSION:
-            raise UserError(f"{folder} has checkpoint_version {first.get('checkpoint_version', 0)}: query, key and "
-                            "value lay in another order then; load and save it with Megatron-LM first")
+            raise UserError(f"{folder} has checkpoint_version {first.get('checkpoint_version', 0)}: query, "
+                            "key and value lay in another order then; load and save it with Megatron-LM")
         self._shards = dict(_numbered(files))
         if not getattr(self.args, "untie_embeddings_and_output_weights", False):
             self._shards.pop("output_layer.weight", None)    # the last stage's copy of the embedding
@@ -92,7 +92,8 @@ class LegacyCheckpoint:
         """
         for name, shards in self._shards.items():
             if len({(len(shard.saved.size), shard.saved.storage.dtype) for shard in shards}) > 1:
-                raise UserError(f"{self.folder}: the ranks' parts of {name} differ in type: they are not of one run")
+                raise UserError(f"{self.folder}: the ranks' parts of {name} differ in type: they are not of "
+                                "one run")
 
     def read(self, name: str, *, checked: bool = False) -> Tensor:
         """The whole tensor on the CPU; mapped where one rank holds it all, else put together."""
@@ -108,8 +109,9 @@ class LegacyCheckpoint:
         try:
             return join(parts)
         except (RuntimeError, ValueError):
-            raise UserError(f"{self.folder}: the ranks' parts of {name}, {[list(part.shape) for part in parts]}, "
-                            "do not fit together: they are not of one run") from None
+            raise UserError(f"{self.folder}: the ranks' parts of {name}, "
+                            f"{[list(part.shape) for part in parts]}, do not fit together: they are not of "
+                            "one run") from None
 
 
 def is_legacy(folder: Path) -> bool:
@@ -136,8 +138,8 @@ def _open_files(folder: Path) -> dict[tuple[int, int], SavedFile]:
     if found.keys() != wanted:
         odd = min(found.keys() ^ wanted)
         said = "is there" if odd in found else "is missing"
-        raise UserError(f"{folder}: mp_rank_{odd[0]:02d}{f'_{odd[1]:03d}' if pipeline > 1 else ''} {said}, but "
-                        f"the args say tensor-parallel {tensor} x pipeline-parallel {pipeline}")
+        raise UserError(f"{folder}: mp_rank_{odd[0]:02d}{f'_{odd[1]:03d}' if pipeline > 1 else ''} {said}, "
+                        f"but the args say tensor-parallel {tensor} x pipeline-parallel {pipeline}")
     return found
 
 
@@ -161,7 +163,7 @@ def _same_iteration(folder: Path, files: Mapping[tuple[int, int], SavedFile]) ->
 
 
 def _numbered(files: Mapping[tuple[int, int], SavedFile]) -> Iterator[tuple[str, list[_Shard]]]:
-    """Every tensor, its layer numbered through the whole model, and what each tensor-parallel rank holds of it.
+    """Every tensor, its layer numbered through the whole model, and each tensor-parallel rank's part of it.
 
     With interleaved stages each rank has several chunks (model0, model1, ...): the first chunks of all stages
     come first, then the second ones.

@@ -1,7 +1,7 @@
 """What Megatron-LM's own arguments, kept in each of its checkpoints, say of the model: as a run.json would.
 
-The names are those of Megatron-LM's command line, from 2023 on. A setting that changes what the layers compute,
-to something that no table here describes, is refused by name.
+The names are those of Megatron-LM's command line, from 2023 on. A setting that changes what the layers
+compute, to something that no table here describes, is refused by name.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron.pretrain.checkpoint.manifest import Manifest
 from megatron.pretrain.config import (
-    CheckpointConfig, DataConfig, LayoutConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig,
-    TrainConfig)
+    CheckpointConfig, DataConfig, LayoutConfig, LogConfig, ModelConfig, OptimConfig, RunConfig,
+    TokenizerConfig, TrainConfig)
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import SENTENCEPIECE_TYPES, TOKENIZER_TYPES, Tokenizer, build_tokenizer
 
@@ -37,7 +37,8 @@ _MUST_BE: tuple[tuple[str, Any, Any], ...] = (
 )
 
 
-def manifest_of(args: argparse.Namespace, iteration: int, folder: Path, tokenizer_path: Path | None) -> Manifest:
+def manifest_of(args: argparse.Namespace, iteration: int, folder: Path,
+                tokenizer_path: Path | None) -> Manifest:
     """A manifest of the checkpoint in `folder`, whose arguments are `args`.
 
     The tokenizer is the one at `tokenizer_path`, or else where the run had it; its fingerprint is unknown to
@@ -53,10 +54,12 @@ def manifest_of(args: argparse.Namespace, iteration: int, folder: Path, tokenize
         raise UserError(f"{folder}: its args do not describe a GPT model: {problem}") from None
     trained = build_tokenizer(config.tokenizer)
     if trained.vocab_size > rows:
-        raise UserError(f"{_TOKENIZER} {config.tokenizer.tokenizer_model} has {trained.vocab_size:,} ids, the "
-                        f"model has {rows:,} rows with its padding: give the tokenizer that it was trained with")
+        raise UserError(f"{_TOKENIZER} {config.tokenizer.tokenizer_model} has {trained.vocab_size:,} ids, "
+                        f"the model has {rows:,} rows with its padding: give the tokenizer that it was "
+                        "trained with")
     described = config.as_dict()
-    described["model"] |= {"padded_vocab_size": rows, "qk_layernorm": bool(getattr(args, "qk_layernorm", False))}
+    described["model"] |= {"padded_vocab_size": rows,
+                           "qk_layernorm": bool(getattr(args, "qk_layernorm", False))}
     return Manifest(
         iteration=iteration, consumed_samples=samples, consumed_tokens=tokens, config=described,
         tokenizer=describe_tokenizer(config.tokenizer, trained), mixture_hash="", train_state={}, versions={})
@@ -81,13 +84,13 @@ def _check_settings(args: argparse.Namespace, folder: Path) -> None:
     for name, unknown, wanted in _MUST_BE:
         said = getattr(args, name, unknown)
         if said != wanted:
-            raise UserError(f"{folder} was trained with {name} = {said}; only models with {name} = {wanted} can be "
-                            "converted")
+            raise UserError(f"{folder} was trained with {name} = {said}; only models with {name} = "
+                            f"{wanted} can be converted")
     rotary = getattr(args, "use_rotary_position_embeddings", False)
     kind = "rope" if rotary else getattr(args, "position_embedding_type", "learned_absolute")
     if kind != "rope":
-        raise UserError(f"{folder} was trained with position_embedding_type = {kind}; only models with rope can be "
-                        "converted")
+        raise UserError(f"{folder} was trained with position_embedding_type = {kind}; only models with "
+                        "rope can be converted")
 
 
 def _config(args: argparse.Namespace, tokenizer: TokenizerConfig) -> RunConfig:
@@ -114,8 +117,8 @@ def _tokenizer_config(args: argparse.Namespace, folder: Path, given: Path | None
     path = given or Path(str(model))
     if not path.exists():
         raise UserError(f"{_TOKENIZER} {given} does not exist" if given else
-                        f"{_TOKENIZER} is not given, and {model}, with which {folder} was trained, is not here: "
-                        "give it")
+                        f"{_TOKENIZER} is not given, and {model}, with which {folder} was trained, is not "
+                        "here: give it")
     if kind not in TOKENIZER_TYPES or given is not None:
         kind = _type_of(path, kind)
     if kind in SENTENCEPIECE_TYPES and path.is_dir():
@@ -134,4 +137,5 @@ def _type_of(path: Path, trained: str | None) -> str:
 def _appends_tokens(args: argparse.Namespace, kind: str) -> bool:
     """Whether <CLS>, <SEP>, <EOD>, <MASK>, <PAD> came after the pieces: always, before --legacy-tokenizer was
     a choice."""
-    return kind == "SentencePieceTokenizer" == args.tokenizer_type and bool(getattr(args, "legacy_tokenizer", True))
+    return (kind == "SentencePieceTokenizer" == args.tokenizer_type
+            and bool(getattr(args, "legacy_tokenizer", True)))

@@ -1,8 +1,9 @@
 """A file that `torch.save` wrote, read without running anything that it names.
 
 Plain values come as they are; a tensor comes as the place where its elements lie, to be mapped when it is
-wanted; an object of Megatron's or numpy's own classes, of which a checkpoint holds many and a conversion needs
-none, comes as something inert. A name of any other module is refused, and nothing but containers is ever called.
+wanted; an object of Megatron's or numpy's own classes, of which a checkpoint holds many and a conversion
+needs none, comes as something inert. A name of any other module is refused, and nothing but containers is
+ever called.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron.pretrain.errors import UserError
 from megatron.pretrain.export.chunks import LOCAL_HEADER, UNREADABLE, SavedTensor, TensorUnpickler
 
 # Whose classes a checkpoint of Megatron-LM names: enumerations among its arguments, random states, signals.
-_INERT_MODULES = {"_codecs", "_io", "amp_C", "apex", "collections", "datetime", "enum", "io", "megatron", "numpy",
-                  "pathlib", "signal", "torch", "transformer_engine", "types"}
+_INERT_MODULES = {"_codecs", "_io", "amp_C", "apex", "collections", "datetime", "enum", "io", "megatron",
+                  "numpy", "pathlib", "signal", "torch", "transformer_engine", "types"}
 _CONTAINERS = {"set": set, "frozenset": frozenset, "slice": slice, "complex": complex, "bytearray": bytearray}
 
 
@@ -36,14 +37,16 @@ class SavedFile:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                root = next(name for name in (*archive.namelist(), "") if name.endswith("/data.pkl") or not name)
+                names = archive.namelist()
+                root = next(name for name in (*names, "") if name.endswith("/data.pkl") or not name)
                 self.content: Any = _SavedUnpickler(io.BytesIO(archive.read(root))).load()
                 self._records = {name.removeprefix(root.replace("data.pkl", "data/")): archive.getinfo(name)
-                                 for name in archive.namelist()}
+                                 for name in names}
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except zipfile.BadZipFile:
-            raise UserError(f"{path} is truncated, or was not written by torch.save of torch 1.6 or later") from None
+            raise UserError(f"{path} is truncated, or was not written by torch.save of torch 1.6 or "
+                            "later") from None
         except pickle.UnpicklingError as problem:
             raise UserError(f"{path} is refused: {problem}") from None
         except UNREADABLE as problem:
@@ -74,7 +77,8 @@ class SavedFile:
             _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             first = record.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
             start = first - first % mmap.ALLOCATIONGRANULARITY
-            window = mmap.mmap(file.fileno(), first + record.file_size - start, access=mmap.ACCESS_COPY, offset=start)
+            window = mmap.mmap(file.fileno(), first + record.file_size - start, access=mmap.ACCESS_COPY,
+                               offset=start)
         window.madvise(mmap.MADV_SEQUENTIAL)
         return memoryview(window)[first - start:]
 

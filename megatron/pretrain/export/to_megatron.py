@@ -74,14 +74,16 @@ def plan_import(folder: Path, options: ImportOptions) -> ImportPlan:
     """
     architecture, shape = read_config(folder)
     if not (architecture.trainable or options.for_megatron_lm):
-        raise UserError(f"{folder / CONFIG_FILE} describes a {architecture.name}, whose layers this project does not "
-                        "train (norms of query and key); --for-megatron-lm writes a checkpoint for Megatron-LM")
+        raise UserError(f"{folder / CONFIG_FILE} describes a {architecture.name}, whose layers this "
+                        "project does not train (norms of query and key); --for-megatron-lm writes a "
+                        "checkpoint for Megatron-LM")
     source = HfFolder(folder)
     tokenizer_config = _find_tokenizer(folder, options)
     tokenizer = build_tokenizer(tokenizer_config)
     if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(f"--tokenizer-model {tokenizer_config.tokenizer_model} has {tokenizer.vocab_size:,} ids, the "
-                        f"model {shape.vocab_size:,} rows: give the tokenizer that it was trained with")
+        raise UserError(f"--tokenizer-model {tokenizer_config.tokenizer_model} has "
+                        f"{tokenizer.vocab_size:,} ids, the model {shape.vocab_size:,} rows: give the "
+                        "tokenizer that it was trained with")
     shape = dataclasses.replace(shape, padded_vocab_size=padded_vocab_size(shape.vocab_size, _ROWS_MULTIPLE))
     rules = tuple(architecture.rules(shape))
     _check_tensors(source, rules, shape)
@@ -91,10 +93,10 @@ def plan_import(folder: Path, options: ImportOptions) -> ImportPlan:
 
 def run_import(plan: ImportPlan, target: Path, *, verify: bool = False,
                on_bytes: Callable[[int], None] = lambda size_bytes: None) -> Path:
-    """Write `target`, which must not exist, whole or not at all: one iteration and the file that points there.
+    """Write `target`, which must not exist, whole or not at all: one iteration and the file that names it.
 
-    `on_bytes` hears of each tensor written. `verify` reads each back and compares it with the folder's, bit by
-    bit. Returns the iteration's folder.
+    `on_bytes` hears of each tensor written. `verify` reads each back and compares it with the folder's, bit
+    by bit. Returns the iteration's folder.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it, or name another folder")
@@ -126,17 +128,17 @@ def _check_tensors(source: HfFolder, rules: tuple[Rule, ...], shape: ModelShape)
         size = [shape.vocab_size if length is None else length for length in rule.megatron_shape(shape)]
         for name, wanted in zip(rule.hf, rule.to_hf(torch.empty(size, device="meta"), shape), strict=True):
             if name not in left_over:
-                raise UserError(f"{source.folder} has no {name}, but a model as {CONFIG_FILE} describes it does: "
-                                "the two do not belong together")
+                raise UserError(f"{source.folder} has no {name}, but a model as {CONFIG_FILE} describes it "
+                                "does: the two do not belong together")
             del left_over[name]
             source.dtype(name)
             if source.shape(name) != wanted.shape:
-                raise UserError(f"{source.folder}: {name} has shape {list(source.shape(name))}, but a model as "
-                                f"{CONFIG_FILE} describes it has {list(wanted.shape)}: the two do not belong "
-                                "together")
+                raise UserError(f"{source.folder}: {name} has shape {list(source.shape(name))}, but a "
+                                f"model as {CONFIG_FILE} describes it has {list(wanted.shape)}: the two do "
+                                "not belong together")
     if left_over:
-        raise UserError(f"{source.folder} has {next(iter(left_over))}, for which a model as {CONFIG_FILE} describes "
-                        "it has no place: only such models can be converted")
+        raise UserError(f"{source.folder} has {next(iter(left_over))}, for which a model as {CONFIG_FILE} "
+                        "describes it has no place: only such models can be converted")
 
 
 def _find_tokenizer(folder: Path, options: ImportOptions) -> TokenizerConfig:
@@ -146,8 +148,8 @@ def _find_tokenizer(folder: Path, options: ImportOptions) -> TokenizerConfig:
         models = sorted(path.glob("*.model"))
         path = models[0] if len(models) == 1 else path
     if options.tokenizer_path is None and path == folder and not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer: give --tokenizer-model, the one that the model was trained "
-                        "with")
+        raise UserError(f"{folder} holds no tokenizer: give --tokenizer-model, the one that the model was "
+                        "trained with")
     kind = options.tokenizer_type or (
         "SentencePieceTokenizer" if path.suffix == ".model" else "HuggingFaceTokenizer")
     config = TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(path.absolute()),
@@ -190,8 +192,8 @@ def _check_written(plan: ImportPlan, checkpoint: TorchDistCheckpoint) -> None:
         for name, tensor in zip(rule.hf, back, strict=True):
             meant = plan.source.read(name)
             if not torch.equal(tensor, meant if plan.dtype is None else meant.to(plan.dtype)):
-                raise UserError(f"{checkpoint.folder}: {rule.megatron[-1]} does not give {name} back: what was "
-                                "written is not what was read; is the disk sound?")
+                raise UserError(f"{checkpoint.folder}: {rule.megatron[-1]} does not give {name} back: what "
+                                "was written is not what was read; is the disk sound?")
 
 
 def _model_config(shape: ModelShape) -> ModelConfig:
@@ -222,8 +224,9 @@ def _common(plan: ImportPlan) -> dict[str, Any]:
     model, tokenizer = dataclasses.asdict(_model_config(plan.shape)), plan.tokenizer_config
     args = argparse.Namespace(
         **model, padded_vocab_size=plan.shape.padded_vocab_size, qk_layernorm=plan.architecture.has_qk_norm,
-        seq_length=plan.shape.max_position_embeddings, normalization="RMSNorm", swiglu=True, add_bias_linear=False,
-        add_qkv_bias=False, position_embedding_type="rope", rotary_percent=1.0, rotary_interleaved=False,
+        seq_length=plan.shape.max_position_embeddings, normalization="RMSNorm", swiglu=True,
+        add_bias_linear=False, add_qkv_bias=False, position_embedding_type="rope", rotary_percent=1.0,
+        rotary_interleaved=False,
         tokenizer_type=tokenizer.tokenizer_type, tokenizer_model=tokenizer.tokenizer_model,
         legacy_tokenizer=tokenizer.tokenizer_sentencepiece_legacy, vocab_size=None,
         tensor_model_parallel_size=1, pipeline_model_parallel_size=1, consumed_train_samples=0,

@@ -1,7 +1,7 @@
 """Write a torch_dist checkpoint as a stream, without a process group: the counterpart of `reader`.
 
-One `.distcp` file takes chunk after chunk as torch's own writer lays them out; `.metadata`, written last, says
-where each is. Layers are stacked, as megatron-core stacks them: a layer's tensor is one row of the whole.
+One `.distcp` file takes chunk after chunk as torch's own writer lays them out; `.metadata`, written last,
+says where each is. Layers are stacked, as megatron-core stacks them: a layer's tensor is a row of the whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def write_torch_dist(folder: Path, num_layers: int, tensors: Iterable[tuple[str,
             entry.chunks.append(ChunkStorageMetadata(offsets, chunk.size()))
             start_byte = file.tell()
             _save(_alone(chunk), file)
-            places[MetadataIndex(key, offsets)] = _StorageInfo(DATA_FILE, start_byte, file.tell() - start_byte)
+            places[MetadataIndex(key, offsets)] = _StorageInfo(
+                DATA_FILE, start_byte, file.tell() - start_byte)
             yield tensor.nbytes
     torch.save(dict(common), folder / COMMON_FILE)
     write_json(folder / FORMAT_FILE, _FORMAT)
@@ -76,6 +77,6 @@ def _properties(tensor: Tensor) -> TensorProperties:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own: torch.save writes all of a storage, whatever a view uses of it."""
+    """The tensor with a storage of its own: torch.save writes all of one, whatever a view uses of it."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
