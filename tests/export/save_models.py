@@ -1,42 +1,59 @@
 """Save small models as a run does, each with what it computes: checkpoints for the tests beside this file.
 
     python save_models.py OUTPUT TOKENIZER NAME...                                one process
-    torchrun --nproc_per_node 4 save_models.py OUTPUT TOKENIZER tp2_pp2
+    torchrun --nproc_per_node 4 save_models.py OUTPUT TOKENIZER tp2_pp2 tp4 interleaved
 
 NAME is a key of MODELS. OUTPUT/NAME/iter_0000100 is the checkpoint, OUTPUT/NAME/expected.pt the logits of
-PROMPT and the tokens that follow it greedily. A model with `from` takes that one's weights into its layout.
+PROMPT and the tokens that follow it greedily. A model with `from` takes that one's weights into its layout,
+and is also saved as Megatron-LM formerly did it, to OUTPUT/NAME/former.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.pretrain.config import RunConfig
 
 PROMPT = torch.arange(3, 999, 13)[None, :48]
 GREEDY_TOKENS = 64
 
 HEAD_DIM_48 = "--kv-channels 48 --group-query-attention --num-query-groups 2"
 MODELS = {
-    "mha": "",
+    "mha": "--make-vocab-size-divisible-by 8",    # 1,000 rows: no padding
     "gqa": "--group-query-attention --num-query-groups 2",
     "mqa": "--group-query-attention --num-query-groups 1",
     "head_dim": HEAD_DIM_48,
     "tied": "--group-query-attention --num-query-groups 2 --tied",
     "bf16": f"{HEAD_DIM_48} --bf16",
     "legacy": "--tokenizer-sentencepiece-legacy",
+    "deep": f"--num-layers 4 {HEAD_DIM_48}",
     "tp2_pp2": f"{HEAD_DIM_48} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
                "--use-distributed-optimizer --from head_dim",
+    "tp4": "--tensor-model-parallel-size 4 --from mha",
+    "interleaved": f"--num-layers 4 {HEAD_DIM_48} --tensor-model-parallel-size 2 "
+                   "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+                   "--global-batch-size 2 --from deep",
 }
-SHAPE = ("--num-layers 2 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 --seq-length 128 "
+SHAPE = ("--hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 --seq-length 128 "
          "--rotary-base 5000 --norm-epsilon 1e-4 --init-method-std 0.15 "
          "--micro-batch-size 1 --train-iters 10 --lr 1e-3 --transformer-impl local --seed 7")
 
 
 def main() -> None:
     output, tokenizer, *names = sys.argv[1:]
-    for name in names:
+    for number, name in enumerate(names, 1):
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Ranks meet anew for each layout, where no earlier meeting has left its keys.
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False",
+                           "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
         save(Path(output), Path(tokenizer), name)
 
 
@@ -54,6 +71,8 @@ def save(output: Path, tokenizer: Path, name: str) -> None:
 
     words, _, origin = MODELS[name].partition("--from ")
     flags = [*SHAPE.split(), *words.split(), "--tokenizer-model", str(tokenizer)]
+    if "--num-layers" not in flags:
+        flags += ["--num-layers", "2"]
     if "--tied" in flags:
         flags.remove("--tied")
     else:
@@ -79,8 +98,32 @@ def save(output: Path, tokenizer: Path, name: str) -> None:
             iteration=100, consumed_samples=800, consumed_tokens=800 * 128, config=described,
             tokenizer=describe_tokenizer(config, trained), mixture_hash="0" * 64,
             train_state=state.as_dict(), versions=package_versions()))
+        if origin:
+            save_former(output / name / "former", config, rows, chunks)
         if place.world_size == 1:
             torch.save(expected(chunks[0], trained.vocab_size), output / name / "expected.pt")
+
+
+def save_former(folder: Path, config: RunConfig, rows: int, chunks: list[torch.nn.Module]) -> None:
+    """This rank's part in a file of its own, with arguments, as Megatron-LM saved before torch_dist."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
+
+    layout, tokenizer = config.layout, config.tokenizer
+    args = argparse.Namespace(
+        **dataclasses.asdict(config.model), padded_vocab_size=rows, seq_length=config.data.seq_length,
+        swiglu=True, normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope",
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size, consumed_train_samples=800,
+        tokenizer_type="Llama2Tokenizer", tokenizer_model=tokenizer.tokenizer_model)
+    stage = "" if layout.pipeline_model_parallel_size == 1 else (
+        f"_{parallel_state.get_pipeline_model_parallel_rank():03d}")
+    place = folder / f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}{stage}"
+    place.mkdir(parents=True)
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 100,
+                **{name: unwrap_model(chunk).state_dict() for name, chunk in zip(names, chunks)}},
+               place / "model_optim_rng.pt")
 
 
 @torch.no_grad()

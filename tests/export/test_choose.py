@@ -100,6 +100,12 @@ def test_what_is_not_whole_is_left_out(tmp_path):
     assert "iter_0000100 is left out" in notes[0]
 
 
+def test_a_former_checkpoint_is_whole_without_an_index(tmp_path):
+    make(tmp_path, 100, whole=False)
+    (tmp_path / "iter_0000100/mp_rank_00").mkdir()
+    assert found(tmp_path, 2, 1) == ([(100, 200)], [])
+
+
 def test_tokens_that_nobody_knows_are_asked_for(tmp_path):
     make(tmp_path, 100)
     with pytest.raises(UserError, match="give SEQ_LEN and GB"):

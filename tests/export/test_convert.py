@@ -193,3 +193,19 @@ def test_a_checkpoint_without_run_json_is_refused(damaged):
     (damaged / "run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
         plan_conversion(damaged, Options())
+
+
+def test_fp16_is_refused_where_a_weight_is_beyond_it(written, tmp_path, monkeypatch):
+    plan = plan_conversion(written, Options(dtype=torch.float16))
+    read = plan.checkpoint.read
+    monkeypatch.setattr(plan.checkpoint, "read", lambda name, **checked: read(name, **checked) * 1e6)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight holds .*fp16 ends at 65504: take bf16 or fp32"):
+        run_conversion(plan, tmp_path / "out/hf")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_of_another_iteration_is_refused(damaged):
+    renamed = damaged.with_name("iter_0000200")
+    damaged.rename(renamed)
+    with pytest.raises(UserError, match="iter_0000200 says of itself that it is iteration 100"):
+        plan_conversion(renamed, Options())

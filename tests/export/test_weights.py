@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron.pretrain.export import weights
-from megatron.pretrain.export.names import llama_rules
+from megatron.pretrain.export.names import LLAMA
 from megatron.pretrain.export.shape import ModelShape
 
 # 4 heads in 2 groups, head dimension 2: a group is 2 query heads, key, value = 8 rows.
@@ -50,7 +50,7 @@ def test_the_table_names_each_tensor_of_transformers_llama_once():
             num_hidden_layers=3, hidden_size=8, intermediate_size=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=2, vocab_size=6))
     made = []
-    for rule in llama_rules(SHAPE):
+    for rule in LLAMA.rules(SHAPE):
         size = [9 if length is None else length for length in rule.megatron_shape(SHAPE)]
         tensors = rule.to_hf(torch.empty(size, device="meta"), SHAPE)
         made += [(name, tensor.shape) for name, tensor in zip(rule.hf, tensors, strict=True)]

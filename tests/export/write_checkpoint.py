@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron.pretrain.checkpoint.manifest import Manifest, file_sizes, iteration_name
+from megatron.pretrain.checkpoint.manifest import Manifest, file_ends, file_sizes, iteration_name
 from megatron.pretrain.cli import parse
 from megatron.pretrain.tokenizer import build_tokenizer
 
@@ -52,7 +52,8 @@ def write(output: Path, tokenizer: str, iteration: int, *, numbered: bool) -> No
         tokenizer={"type": "SentencePieceTokenizer", "fingerprint": trained.fingerprint,
                    "vocab_size": trained.vocab_size, "eod_id": trained.eod_id, "bos_id": trained.bos_id,
                    "eos_id": trained.eos_id},
-        mixture_hash="0" * 64, train_state={}, versions={}, file_bytes=file_sizes(folder))
+        mixture_hash="0" * 64, train_state={}, versions={}, file_bytes=file_sizes(folder),
+        file_ends=file_ends(folder))
     manifest.write(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,28 @@ def test_help_shows_the_way(script):
     for flag in ("--config", "--rename-hf-by-billions", "--skip-existing", "--dry-run", "--generate-config",
                  "--megatron-dir"):
         assert flag in outcome.stdout
+
+
+def test_several_at_once_and_verified(script, config, tmp_path):
+    outcome = script("--config", config, "--jobs", 2, "--verify")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.count("converted, ") == 2
+    assert outcome.stdout.count("21 tensors verified, logits within") == 2
+    assert [iteration_of(tmp_path / "hf" / name) for name in folders(tmp_path)] == [100, 200]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_that_fails_keeps_no_other_back(jobs: int, script, config, checkpoints, tmp_path):
+    """A bit that flipped amid the elements is seen only when they are read."""
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints, copied)
+    shard = copied / "iter_0000100/__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 8] ^= 1
+    shard.write_bytes(content)
+    config.write_text(config.read_text().replace(str(checkpoints), str(copied)))
+    outcome = script("--config", config, "--jobs", jobs, "--verify")
+    assert outcome.returncode == 2
+    assert "is not what was saved there" in outcome.stderr.splitlines()[-1]
+    assert outcome.stdout.count("failed") == 1 and outcome.stdout.count("converted, ") == 1
+    assert os.listdir(tmp_path / "hf") == ["iter_0000200"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class Manifest:
     train_state: dict[str, Any]
     versions: dict[str, str]
     file_bytes: dict[str, int] = field(default_factory=dict)
+    file_ends: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -52,6 +54,21 @@ def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file of a checkpoint but the manifest."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())
             if path.is_file() and path.name != MANIFEST_NAME}
+
+
+def file_ends(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of the last 4 KiB of each file of a checkpoint but the manifest.
+
+    A file of tensors ends with the table of contents of the last one, in which are the checksums of its
+    elements: the same file of another iteration ends otherwise, although it has the same size.
+    """
+    return {name: _hash_of_end(folder / name) for name in file_sizes(folder)}
+
+
+def _hash_of_end(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:
@@ -115,6 +132,10 @@ def read_manifest(folder: Path) -> Manifest:
         if file.stat().st_size != size_bytes:
             raise UserError(f"{file}: truncated or changed: {file.stat().st_size} bytes, where {MANIFEST_NAME} "
                             f"says {size_bytes}")
+    for name, end in manifest.file_ends.items():
+        if _hash_of_end(folder / name) != end:
+            raise UserError(f"{folder / name}: not the file that was saved with {MANIFEST_NAME}, although of "
+                            "its size: two iterations are mixed here, or it is damaged")
     return manifest
 
 

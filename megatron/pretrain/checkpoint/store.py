@@ -27,7 +27,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.pretrain.checkpoint.manifest import TRACKER_NAME, Manifest, file_sizes, iteration_name
+from megatron.pretrain.checkpoint.manifest import (
+    TRACKER_NAME, Manifest, file_ends, file_sizes, iteration_name)
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.optim.sharded import SHARDING, load_tensors, sharded_tensors
 
@@ -53,7 +54,8 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
         content["rng"] = _sharded_rng()
         dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
     if dist.get_rank() == 0:
-        dataclasses.replace(manifest, file_bytes=file_sizes(partial)).write(partial)
+        dataclasses.replace(
+            manifest, file_bytes=file_sizes(partial), file_ends=file_ends(partial)).write(partial)
         _publish(partial, final)
     dist.barrier()
     return final

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.pretrain.data.flags import FlagParser, positive_number
-from megatron.pretrain.data.progress import ByteProgress
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import EXPORT_FILE
 from megatron.pretrain.export.batch_config import BatchConfig, read_config, write_template
@@ -25,7 +24,8 @@ from megatron.pretrain.export.choose import (
     Choice, SavedIteration, billions, closest, find_saved, folder_names)
 
 if TYPE_CHECKING:
-    from megatron.pretrain.export.convert import Options, Plan
+    from megatron.pretrain.export.convert import Options
+    from megatron.pretrain.export.jobs import Outcome, Task
 
 DEFAULT_CONFIG = Path("neo/scripts/converter_cfg.yml")
 
@@ -43,15 +43,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job."""
+    """What became of a job; `failure` is the sentence that says why it failed."""
 
     job: Job
     said: str
+    failure: str = ""
 
 
 def main(argv: Sequence[str]) -> int | None:
     """The entry of neo/scripts/batch_convert_ckpt.py."""
     flags = _parser().parse(argv)
+    # torch then takes large tensors' memory in large pages: half the work, where tensors come and go.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if flags.generate_config:
         write_template(flags.generate_config)
         print(f"wrote {flags.generate_config}: fill it in, then run with --config {flags.generate_config}")
@@ -61,7 +64,9 @@ def main(argv: Sequence[str]) -> int | None:
     else:
         config = read_config(flags.config)
         jobs, options = _chosen(config, flags.rename_hf_by_billions), _options(flags, config)
-    _print_results(_run(jobs, options, skip_existing=flags.skip_existing, dry_run=flags.dry_run))
+    results = _run(jobs, options, flags)
+    _print_results(results)
+    _raise_failures(results)
     return None
 
 
@@ -73,6 +78,7 @@ def _parser() -> FlagParser:
         epilog="examples:\n"
         "  bash neo/scripts/batch_convert_ckpt.sh\n"
         "  bash neo/scripts/batch_convert_ckpt.sh --config my_cfg.yml --rename-hf-by-billions --dry-run\n"
+        "  bash neo/scripts/batch_convert_ckpt.sh --jobs 4 --verify\n"
         "  bash neo/scripts/batch_convert_ckpt.sh --megatron-dir RUN/iter_0002000 --hf-dir my-model")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE.yml",
                         help=f"the configuration (default: {DEFAULT_CONFIG})")
@@ -83,10 +89,19 @@ def _parser() -> FlagParser:
     parser.add_argument("--skip-existing", action="store_true",
                         help="leave folders that exist as they are; without it they are an error")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    parser.add_argument("--verify", action="store_true",
+                        help="before a folder gets its name: hold what was read against the checkpoint's "
+                             "checksums, read each tensor back from the disk, and where memory allows compare "
+                             "the logits of both sides on a sample text")
+    parser.add_argument("--jobs", type=positive_number, default=1, metavar="N",
+                        help="checkpoints to convert at once, each in a process of its own (default: 1)")
     parser.add_argument("--max-shard-size", type=_size_bytes, default="5GB", metavar="SIZE",
                         help="largest .safetensors file, such as 500MB (default: 5GB)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
                         help="type of the weights; over BF16 of the configuration")
+    parser.add_argument("--architecture", metavar="NAME",
+                        help="MistralForCausalLM, say (default: LlamaForCausalLM; Qwen3ForCausalLM where "
+                             "queries and keys have norms)")
     parser.add_argument("--vocab-size", type=positive_number, metavar="N",
                         help="vocabulary rows to keep; over VOCAB_SIZE (default: those that were trained)")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
@@ -139,36 +154,43 @@ def _options(flags: argparse.Namespace, config: BatchConfig | None) -> Options:
         vocab_size, tokenizer = vocab_size or config.vocab_size, tokenizer or config.tokenizer
         dtype = dtype or {None: None, True: "bf16", False: "fp32"}[config.bf16]
     dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Options(vocab_size, tokenizer, dtypes[dtype], flags.max_shard_size)
+    return Options(vocab_size, tokenizer, dtypes[dtype], flags.max_shard_size, flags.architecture)
 
 
-def _run(jobs: Sequence[Job], options: Options, *, skip_existing: bool, dry_run: bool) -> list[Result]:
+def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:
     """Check all jobs before the first is done, so that a mistake shows before the work begins."""
     from megatron.pretrain.export.convert import plan_conversion
+    from megatron.pretrain.export.jobs import Task, convert_all
 
-    plans: list[Plan | None] = []
+    tasks: dict[Job, Task] = {}
     for job in jobs:
         if not job.target.exists():
-            plans.append(plan_conversion(job.source, options))
-        elif skip_existing:
-            plans.append(None)
-        else:
+            size_bytes = plan_conversion(job.source, options).size_bytes
+            tasks[job] = Task(job.source, job.target, options, flags.verify, size_bytes)
+        elif not flags.skip_existing:
             raise UserError(f"{job.target} exists: remove it, or let --skip-existing leave it as it is")
-    return [Result(job, _outcome(job, plan, dry_run)) for job, plan in zip(jobs, plans)]
+    if flags.dry_run:
+        said = {job: Result(job, f"would be converted, {_size(task.size_bytes)}")
+                for job, task in tasks.items()}
+    else:
+        outcomes = convert_all(list(tasks.values()), flags.jobs)
+        said = {job: _result(job, task, outcome) for (job, task), outcome in zip(tasks.items(), outcomes)}
+    return [said.get(job, Result(job, "exists, skipped")) for job in jobs]
 
 
-def _outcome(job: Job, plan: Plan | None, dry_run: bool) -> str:
-    """Convert, unless there is nothing to do, and say what was done."""
-    from megatron.pretrain.export.convert import run_conversion
+def _result(job: Job, task: Task, outcome: Outcome) -> Result:
+    if outcome.failure:
+        return Result(job, "failed", outcome.failure)
+    said = f"converted, {_size(task.size_bytes)} in {outcome.seconds:.1f} s"
+    return Result(job, f"{said}\n{outcome.verified}" if outcome.verified else said)
 
-    if plan is None:
-        return "exists, skipped"
-    if dry_run:
-        return f"would be converted, {_size(plan.size_bytes)}"
-    started = time.monotonic()
-    with ByteProgress(f"{job.source.name} -> {job.target.name}", plan.size_bytes) as progress:
-        run_conversion(plan, job.target, progress.advance)
-    return f"converted, {_size(plan.size_bytes)} in {time.monotonic() - started:.1f} s"
+
+def _raise_failures(results: Sequence[Result]) -> None:
+    failures = [result.failure for result in results if result.failure]
+    if len(failures) == 1:
+        raise UserError(failures[0])
+    if failures:
+        raise UserError(f"{len(failures)} of {len(results)} failed: {'; '.join(failures)}")
 
 
 def _converted_iteration(target: Path) -> int | None:

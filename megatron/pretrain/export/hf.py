@@ -1,4 +1,4 @@
-"""The Hugging Face side: config.json, generation_config.json, and safetensors written as a stream."""
+"""Safetensors written as a stream, with their index."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import orjson
 import torch
 from torch import Tensor
 
-from megatron.pretrain.export.shape import ModelShape
-
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -32,57 +29,14 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids that begin and end a text. `eod` ends a document in the training data; mostly it is `eos`."""
-
-    bos: int | None
-    eos: int | None
-    eod: int | None
-
-
-def llama_config(shape: ModelShape, ids: SpecialIds, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM.
-
-    The base of the rotary embedding and the type are there twice, as transformers 4 and 5 name them.
-    """
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_theta": shape.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base},
-        "max_position_embeddings": shape.max_position_embeddings,
-        "initializer_range": shape.init_method_std,
-        "vocab_size": shape.vocab_size,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "dtype": DTYPE_NAMES[dtype],
-        "use_cache": True,
-    }
-
-
-def generation_config(ids: SpecialIds) -> dict[str, Any]:
-    """generation_config.json: generation stops at the end of a text, and at the end of a document."""
-    ends = list(dict.fromkeys(end for end in (ids.eos, ids.eod) if end is not None))
-    return {"bos_token_id": ids.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as people read JSON."""
     path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements' bytes in the order of the indices; a copy only where they do not lie so."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(folder: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]],
@@ -90,7 +44,7 @@ def write_safetensors(folder: Path, specs: Sequence[TensorSpec], tensors: Iterab
     """Write `tensors`, which come in the order of `specs`, to shards in `folder`, with their index.
 
     A shard's header states every offset, and `specs` knows them all beforehand: so each tensor goes to
-    the disk as it comes and no more than one is held in memory. Yields the bytes of each tensor written.
+    the disk as it comes, and none is held here. Yields the bytes of each tensor written.
     """
     shards = _fill_shards(specs, max_shard_bytes)
     file_names = _shard_names(len(shards))
@@ -140,7 +94,6 @@ def _header(shard: Sequence[TensorSpec]) -> bytes:
 
 
 def _write_tensor(file: BinaryIO, spec: TensorSpec, name: str, tensor: Tensor) -> int:
-    tensor = tensor.to(spec.dtype)
-    if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
-        raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
-    return file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    if (name, tuple(tensor.shape), tensor.dtype) != (spec.name, spec.shape, spec.dtype):
+        raise RuntimeError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {spec} was announced")
+    return file.write(bytes_of(tensor))

@@ -2,12 +2,12 @@
 
 The folder's `.metadata` is a pickle that says into which chunks each tensor was cut and where in which
 `.distcp` file each chunk lies. A chunk is what `torch.save` wrote of one tensor. Nothing in a checkpoint
-can run code: the pickle may name only the classes below, and chunks are loaded with `weights_only`.
+can run code: the pickle may name only the classes below, a chunk's only those of a plain tensor.
 """
 
 from __future__ import annotations
 
-import io
+import math
 import pickle
 import re
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.chunks import UNREADABLE, map_chunk
 
 METADATA_FILE = ".metadata"
 
@@ -105,42 +106,49 @@ class TorchDistCheckpoint:
                 raise UserError(f"{path} is truncated: it has {path.stat().st_size:,} bytes, "
                                 f"{METADATA_FILE} says at least {length_bytes:,}")
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor on the CPU; of a stacked one, only the layer's own chunks are read."""
+    def read(self, name: str, *, checked: bool = False) -> Tensor:
+        """The whole tensor on the CPU; of a stacked one, only the layer's own chunks.
+
+        A tensor that lies in one piece is mapped, not loaded: its elements are read when they are used and
+        are no memory of the process's own. Otherwise it is put together. `checked` holds each chunk against
+        the CRC-32 it was saved with. Raises UserError where the checkpoint is damaged.
+        """
         place = self._places[name]
         entry = self._tensors[place.key]
         chunks = [chunk for chunk in entry.chunks if _holds(chunk, place.row)]
-        if len(chunks) == 1 and chunks[0].sizes == entry.size and place.row is None:
-            return self._load(place.key, chunks[0])
-        result = torch.empty(self.shape(name), dtype=self.dtype(name))
+        result: Tensor | None = None
         filled = 0
         for chunk in chunks:
-            part, offsets = self._load(place.key, chunk), tuple(chunk.offsets)
+            part, offsets = self._load(place.key, chunk, checked), tuple(chunk.offsets)
             if place.row is not None:
                 part, offsets = part[place.row - offsets[0]], offsets[1:]
+            if part.shape == self.shape(name):
+                return part
+            if result is None:
+                result = torch.empty(self.shape(name), dtype=self.dtype(name))
             result[tuple(slice(at, at + length) for at, length in zip(offsets, part.shape))] = part
             filled += part.numel()
-        if filled != result.numel():
-            raise UserError(f"{self.folder}: {name} has {result.numel():,} elements, "
+        if result is None or filled != result.numel():
+            raise UserError(f"{self.folder}: {name} has {math.prod(self.shape(name)):,} elements, "
                             f"its saved chunks hold {filled:,}: the checkpoint is damaged")
         return result
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata, checked: bool) -> Tensor:
         info = self._stored(key, chunk)
         path = self._file(info.relative_path)
         try:
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                saved = io.BytesIO(file.read(info.length))
-            tensor = torch.load(saved, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
+            mapped = map_chunk(path, info.offset, info.length)
+        except UNREADABLE as problem:
             reason = str(problem).partition("\n")[0]
             raise UserError(f"{path}: {key} at byte {info.offset:,} cannot be read ({reason}): "
                             "the checkpoint is damaged") from None
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+        if mapped.tensor.shape != chunk.sizes or mapped.tensor.dtype != self._tensors[key].properties.dtype:
             raise UserError(f"{path}: what lies at byte {info.offset:,} is not the "
                             f"{list(chunk.sizes)} chunk of {key}: the checkpoint is damaged")
-        return tensor.detach()
+        if checked and not mapped.is_intact():
+            raise UserError(f"{path}: {key} at byte {info.offset:,} is not what was saved there (its CRC-32 "
+                            "differs): the checkpoint is damaged")
+        return mapped.tensor
 
     def _stored(self, key: str, chunk: ChunkStorageMetadata) -> Any:
         info = self._storage.get(MetadataIndex(key, chunk.offsets))

@@ -9,7 +9,11 @@ from megatron.pretrain.checkpoint.manifest import Manifest
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. `vocab_size` counts the rows to keep; the padded vocabulary may have more."""
+    """Sizes of a decoder.
+
+    `vocab_size` counts the rows to keep for Hugging Face, `padded_vocab_size` those of a checkpoint to train
+    from.
+    """
 
     num_layers: int
     hidden_size: int
@@ -23,6 +27,7 @@ class ModelShape:
     init_method_std: float
     tied_embeddings: bool
     vocab_size: int
+    padded_vocab_size: int = 0
 
 
 def model_shape(manifest: Manifest, vocab_size: int) -> ModelShape:
@@ -40,4 +45,5 @@ def model_shape(manifest: Manifest, vocab_size: int) -> ModelShape:
         rotary_base=model["rotary_base"],
         init_method_std=model["init_method_std"],
         tied_embeddings=not model["untie_embeddings_and_output_weights"],
-        vocab_size=vocab_size)
+        vocab_size=vocab_size,
+        padded_vocab_size=model.get("padded_vocab_size", vocab_size))

@@ -1,11 +1,15 @@
-"""Pure rules that turn a tensor of Megatron's layout into tensors of Hugging Face's.
+"""Pure rules between a tensor of Megatron's layout and tensors of Hugging Face's, in both directions.
 
-Each takes one tensor and the model's shape and returns a tuple of tensors; none reads or writes
+`split_*` and `trim_*` turn one tensor of Megatron into a tuple for Hugging Face, `merge_*` and `pad_*` take
+such a tuple back; `join_*` put together what tensor-parallel ranks hold of one tensor. None reads or writes
 anything, and all work on tensors of the `meta` device too, which is how shapes are known beforehand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from megatron.pretrain.export.shape import ModelShape
@@ -16,9 +20,30 @@ def same(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
     return (tensor,)
 
 
+def same_back(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """The one tensor as it is."""
+    (tensor,) = tensors
+    return tensor
+
+
 def trim_vocabulary(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
     """`[padded vocabulary, hidden]` -> `[vocabulary, hidden]`: the rows that only padded are dropped."""
     return (tensor[: shape.vocab_size],)
+
+
+def pad_vocabulary(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """`[rows, hidden]` -> `[padded vocabulary, hidden]`: added rows are the mean of those that are there.
+
+    In the output layer such a row's logit is the mean logit, and the exponential of a mean is at most the
+    mean of exponentials (Jensen): so padding can add at most log(padded / rows) to the loss of any token,
+    whatever the hidden state is. Rows of zeros have no such bound.
+    """
+    (tensor,) = tensors
+    rows, padded = tensor.shape[0], shape.padded_vocab_size
+    if rows >= padded:
+        return tensor
+    mean = tensor.mean(dim=0, dtype=torch.float32, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(padded - rows, -1)])
 
 
 def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +60,39 @@ def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor
     return tuple(part.reshape(-1, shape.hidden_size) for part in parts)
 
 
+def merge_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Query, key, value -> what `split_qkv` splits."""
+    groups = [tensor.view(shape.num_query_groups, -1, shape.hidden_size) for tensor in tensors]
+    return torch.cat(groups, dim=1).view(-1, shape.hidden_size)
+
+
 def split_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
     """`[2 x ffn, hidden]` -> gate, the half that goes through SiLU, and up, each `[ffn, hidden]`."""
     gate, up = tensor.split(shape.ffn_hidden_size)
     return gate, up
+
+
+def merge_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Gate and up, each `[ffn, hidden]` -> `[2 x ffn, hidden]`."""
+    return torch.cat(tuple(tensors))
+
+
+def join_rows(shards: Sequence[Tensor]) -> Tensor:
+    """Ranks hold rows: of the vocabulary, or of whole key/value groups."""
+    return torch.cat(tuple(shards))
+
+
+def join_columns(shards: Sequence[Tensor]) -> Tensor:
+    """Ranks hold columns."""
+    return torch.cat(tuple(shards), dim=1)
+
+
+def join_gate_up(shards: Sequence[Tensor]) -> Tensor:
+    """Each rank holds the gate's rows of its own and then the up projection's: first come all gates."""
+    halves = [shard.chunk(2) for shard in shards]
+    return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+
+
+def join_copies(shards: Sequence[Tensor]) -> Tensor:
+    """Every rank holds the whole tensor."""
+    return shards[0]

@@ -1,0 +1,82 @@
+"""Write a torch_dist checkpoint as a stream, without a process group: the counterpart of `reader`.
+
+One `.distcp` file takes chunk after chunk as torch's own writer lays them out; `.metadata`, written last,
+says where each is. Layers are stacked, as megatron-core stacks them: a layer's tensor is a row of the whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata)
+
+from megatron.pretrain.export.hf import write_json
+from megatron.pretrain.export.reader import METADATA_FILE
+
+DATA_FILE, COMMON_FILE, FORMAT_FILE = "__0_0.distcp", "common.pt", "metadata.json"
+
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+           "common_backend": "torch", "common_backend_version": 1}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def write_torch_dist(folder: Path, num_layers: int, tensors: Iterable[tuple[str, Tensor]],
+                     common: Mapping[str, Any]) -> Iterator[int]:
+    """Write `tensors`, named `decoder.layers.0.mlp.linear_fc1.weight`, to `folder`, and `common` beside them.
+
+    No more than one tensor is held. Yields the bytes of each tensor written.
+    """
+    entries: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with (folder / DATA_FILE).open("wb") as file:
+        for name, tensor in tensors:
+            key, size, offsets, chunk = _stacked(name, tensor, num_layers)
+            entry = entries.setdefault(key, TensorStorageMetadata(_properties(chunk), size, []))
+            entry.chunks.append(ChunkStorageMetadata(offsets, chunk.size()))
+            start_byte = file.tell()
+            _save(_alone(chunk), file)
+            places[MetadataIndex(key, offsets)] = _StorageInfo(
+                DATA_FILE, start_byte, file.tell() - start_byte)
+            yield tensor.nbytes
+    torch.save(dict(common), folder / COMMON_FILE)
+    write_json(folder / FORMAT_FILE, _FORMAT)
+    with (folder / METADATA_FILE).open("wb") as file:
+        pickle.dump(Metadata(state_dict_metadata=entries, storage_data=places), file)
+
+
+def _stacked(name: str, tensor: Tensor, num_layers: int) -> tuple[str, torch.Size, torch.Size, Tensor]:
+    """Key, whole size, offsets of the chunk, and the chunk."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name, tensor.size(), torch.Size([0] * tensor.dim()), tensor
+    return (f"decoder.layers.{layer[2]}", torch.Size([num_layers, *tensor.size()]),
+            torch.Size([int(layer[1])] + [0] * tensor.dim()), tensor.unsqueeze(0))
+
+
+def _save(tensor: Tensor, file: BinaryIO) -> None:
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as problem:
+        # torch ends its archive although writing failed, fails again, and hides what the system said.
+        if isinstance(problem.__context__, OSError):
+            raise problem.__context__ from None
+        raise
+
+
+def _properties(tensor: Tensor) -> TensorProperties:
+    return TensorProperties(dtype=tensor.dtype, layout=torch.strided, requires_grad=False,
+                            memory_format=torch.contiguous_format, pin_memory=False)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor with a storage of its own: torch.save writes all of one, whatever a view uses of it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
