@@ -33,7 +33,7 @@ class Rule:
     hf: tuple[str, ...]
     megatron_shape: Callable[[ModelShape], tuple[int | None, ...]]
     to_hf: Callable[[Tensor, ModelShape], tuple[Tensor, ...]] = weights.same
-    to_megatron: Callable[[Sequence[Tensor], ModelShape], Tensor] = weights.same_back
+    to_megatron: Callable[[Sequence[Tensor], ModelShape], tuple[Tensor, ...]] = weights.stack
     join: Callable[[Sequence[Tensor]], Tensor] = weights.join_copies
 
     def at(self, layer: int) -> Rule:
@@ -82,7 +82,7 @@ LAYER = (
          ("model.layers.{layer}.mlp.gate_proj.weight",
           "model.layers.{layer}.mlp.up_proj.weight"),
          lambda s: (2 * s.ffn_hidden_size, s.hidden_size),
-         weights.split_gate_up, weights.merge_gate_up, weights.join_gate_up),
+         weights.split_gate_up, join=weights.join_gate_up),
     Rule(("decoder.layers.{layer}.mlp.linear_fc2.weight",),
          ("model.layers.{layer}.mlp.down_proj.weight",),
          lambda s: (s.hidden_size, s.ffn_hidden_size),

@@ -20,6 +20,7 @@ from megatron.pretrain.checkpoint.manifest import (
 from megatron.pretrain.config import ModelConfig, TokenizerConfig
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import EXPORT_FILE
+from megatron.pretrain.export.ahead import one_ahead
 from megatron.pretrain.export.hf_config import CONFIG_FILE, read_config
 from megatron.pretrain.export.hf_reader import HfFolder
 from megatron.pretrain.export.megatron_args import describe_tokenizer, run_config
@@ -64,7 +65,7 @@ class ImportPlan:
     @property
     def size_bytes(self) -> int:
         """Bytes of the weights to be written."""
-        return sum(_megatron_tensor(self, rule, on_meta=True).nbytes for rule in self.rules)
+        return sum(piece.nbytes for rule in self.rules for piece in _pieces(self, rule, on_meta=True))
 
 
 def plan_import(folder: Path, options: ImportOptions) -> ImportPlan:
@@ -104,7 +105,8 @@ def run_import(plan: ImportPlan, target: Path, *, verify: bool = False,
     folder = partial / iteration_name(ITERATION)
     try:
         folder.mkdir(parents=True)
-        for size_bytes in write_torch_dist(folder, plan.shape.num_layers, _stream(plan), _common(plan)):
+        tensors = one_ahead(_stream(plan))
+        for size_bytes in write_torch_dist(folder, plan.shape.num_layers, tensors, _common(plan)):
             on_bytes(size_bytes)
         if verify:
             _check_written(plan, TorchDistCheckpoint(folder))
@@ -169,12 +171,12 @@ def _exported_fingerprint(folder: Path) -> str | None:
         return None
 
 
-def _stream(plan: ImportPlan) -> Iterator[tuple[str, Tensor]]:
+def _stream(plan: ImportPlan) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     for rule in plan.rules:
-        yield rule.megatron[-1], _megatron_tensor(plan, rule)
+        yield rule.megatron[-1], _pieces(plan, rule)
 
 
-def _megatron_tensor(plan: ImportPlan, rule: Rule, *, on_meta: bool = False) -> Tensor:
+def _pieces(plan: ImportPlan, rule: Rule, *, on_meta: bool = False) -> tuple[Tensor, ...]:
     source = plan.source
     if on_meta:
         parts = [torch.empty(source.shape(name), dtype=source.dtype(name), device="meta") for name in rule.hf]

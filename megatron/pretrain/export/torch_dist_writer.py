@@ -2,13 +2,14 @@
 
 One `.distcp` file takes chunk after chunk as torch's own writer lays them out; `.metadata`, written last,
 says where each is. Layers are stacked, as megatron-core stacks them: a layer's tensor is a row of the whole.
+A tensor may come in pieces, its rows one after the other, each of which becomes a chunk.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,37 +29,42 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
-def write_torch_dist(folder: Path, num_layers: int, tensors: Iterable[tuple[str, Tensor]],
+def write_torch_dist(folder: Path, num_layers: int, tensors: Iterable[tuple[str, Sequence[Tensor]]],
                      common: Mapping[str, Any]) -> Iterator[int]:
     """Write `tensors`, named `decoder.layers.0.mlp.linear_fc1.weight`, to `folder`, and `common` beside them.
 
-    No more than one tensor is held. Yields the bytes of each tensor written.
+    None is held. Yields the bytes of each tensor written.
     """
     entries: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     with (folder / DATA_FILE).open("wb") as file:
-        for name, tensor in tensors:
-            key, size, offsets, chunk = _stacked(name, tensor, num_layers)
-            entry = entries.setdefault(key, TensorStorageMetadata(_properties(chunk), size, []))
-            entry.chunks.append(ChunkStorageMetadata(offsets, chunk.size()))
-            start_byte = file.tell()
-            _save(_alone(chunk), file)
-            places[MetadataIndex(key, offsets)] = _StorageInfo(
-                DATA_FILE, start_byte, file.tell() - start_byte)
-            yield tensor.nbytes
+        for name, pieces in tensors:
+            key, layer = _stacked(name)
+            size = torch.Size([sum(len(piece) for piece in pieces), *pieces[0].shape[1:]])
+            whole = size if layer is None else torch.Size([num_layers, *size])
+            entry = entries.setdefault(key, TensorStorageMetadata(_properties(pieces[0]), whole, []))
+            row = 0
+            for piece in pieces:
+                offsets = torch.Size([row] + [0] * (piece.dim() - 1))
+                row += len(piece)
+                if layer is not None:
+                    piece, offsets = piece.unsqueeze(0), torch.Size([layer, *offsets])
+                entry.chunks.append(ChunkStorageMetadata(offsets, piece.size()))
+                start_byte = file.tell()
+                _save(_alone(piece), file)
+                places[MetadataIndex(key, offsets)] = _StorageInfo(
+                    DATA_FILE, start_byte, file.tell() - start_byte)
+                yield piece.nbytes
     torch.save(dict(common), folder / COMMON_FILE)
     write_json(folder / FORMAT_FILE, _FORMAT)
     with (folder / METADATA_FILE).open("wb") as file:
         pickle.dump(Metadata(state_dict_metadata=entries, storage_data=places), file)
 
 
-def _stacked(name: str, tensor: Tensor, num_layers: int) -> tuple[str, torch.Size, torch.Size, Tensor]:
-    """Key, whole size, offsets of the chunk, and the chunk."""
+def _stacked(name: str) -> tuple[str, int | None]:
+    """The name that a layer's tensor shares with those of the other layers, and the layer."""
     layer = _LAYER.fullmatch(name)
-    if layer is None:
-        return name, tensor.size(), torch.Size([0] * tensor.dim()), tensor
-    return (f"decoder.layers.{layer[2]}", torch.Size([num_layers, *tensor.size()]),
-            torch.Size([int(layer[1])] + [0] * tensor.dim()), tensor.unsqueeze(0))
+    return (name, None) if layer is None else (f"decoder.layers.{layer[2]}", int(layer[1]))
 
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:

@@ -1,8 +1,9 @@
 """Pure rules between a tensor of Megatron's layout and tensors of Hugging Face's, in both directions.
 
-`split_*` and `trim_*` turn one tensor of Megatron into a tuple for Hugging Face, `merge_*` and `pad_*` take
-such a tuple back; `join_*` put together what tensor-parallel ranks hold of one tensor. None reads or writes
-anything, and all work on tensors of the `meta` device too, which is how shapes are known beforehand.
+`split_*` and `trim_*` turn one tensor of Megatron into a tuple for Hugging Face. `stack`, `merge_*` and
+`pad_*` take such a tuple back, and give the pieces whose rows, one after the other, are Megatron's tensor: so none is
+copied that need not be. `join_*` put together what tensor-parallel ranks hold of one tensor. None reads or
+writes anything, and all work on tensors of the `meta` device too, which is how shapes are known beforehand.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ def same(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
     return (tensor,)
 
 
-def same_back(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The one tensor as it is."""
-    (tensor,) = tensors
-    return tensor
+def stack(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
+    """The tensors as they are; of the MLP's two, gate comes before up."""
+    return tuple(tensors)
 
 
 def trim_vocabulary(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
@@ -31,8 +31,8 @@ def trim_vocabulary(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
     return (tensor[: shape.vocab_size],)
 
 
-def pad_vocabulary(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """`[rows, hidden]` -> `[padded vocabulary, hidden]`: added rows are the mean of those that are there.
+def pad_vocabulary(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
+    """`[rows, hidden]` -> the same, and `[padding, hidden]`: added rows are the mean of those that are there.
 
     In the output layer such a row's logit is the mean logit, and the exponential of a mean is at most the
     mean of exponentials (Jensen): so padding can add at most log(padded / rows) to the loss of any token,
@@ -41,9 +41,14 @@ def pad_vocabulary(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     (tensor,) = tensors
     rows, padded = tensor.shape[0], shape.padded_vocab_size
     if rows >= padded:
-        return tensor
-    mean = tensor.mean(dim=0, dtype=torch.float32, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(padded - rows, -1)])
+        return (tensor,)
+    return tensor, _mean_row(tensor).to(tensor.dtype).expand(padded - rows, -1)
+
+
+def _mean_row(tensor: Tensor) -> Tensor:
+    """`[rows, hidden]` -> `[hidden]` in fp32, without the whole tensor in fp32 on the way."""
+    sums = [rows.sum(dim=0, dtype=torch.float32) for rows in tensor.split(2048)]
+    return torch.stack(sums).sum(dim=0) / len(tensor)
 
 
 def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,21 +65,16 @@ def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor
     return tuple(part.reshape(-1, shape.hidden_size) for part in parts)
 
 
-def merge_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+def merge_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor]:
     """Query, key, value -> what `split_qkv` splits."""
     groups = [tensor.view(shape.num_query_groups, -1, shape.hidden_size) for tensor in tensors]
-    return torch.cat(groups, dim=1).view(-1, shape.hidden_size)
+    return (torch.cat(groups, dim=1).view(-1, shape.hidden_size),)
 
 
 def split_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
     """`[2 x ffn, hidden]` -> gate, the half that goes through SiLU, and up, each `[ffn, hidden]`."""
     gate, up = tensor.split(shape.ffn_hidden_size)
     return gate, up
-
-
-def merge_gate_up(tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """Gate and up, each `[ffn, hidden]` -> `[2 x ffn, hidden]`."""
-    return torch.cat(tuple(tensors))
 
 
 def join_rows(shards: Sequence[Tensor]) -> Tensor:
