@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,9 +25,13 @@ SHAPES = {  # layers, hidden, ffn, heads, kv heads, declared context, TP: DESIGN
     "pretrain_2b": (18, 2048, 16384, 8, 1, 8192, 1),
     "pretrain_2b_ctllm": (32, 2048, 5504, 16, 16, 4096, 1),
 }
+# Long lines that several processes print to one pipe may run into each other: each prints a file's name.
 SHOW_ARGUMENTS = """
 import json, os, sys
-print("ARGV", json.dumps([sys.argv[1:], dict(os.environ)]), flush=True)
+seen = f"{__file__}.{os.getpid()}"
+with open(seen, "w") as file:
+    json.dump([sys.argv[1:], dict(os.environ)], file)
+print("ARGV", seen, flush=True)
 """
 
 
@@ -47,8 +52,7 @@ class Said:
     @property
     def processes(self) -> list[tuple[list[str], dict[str, str]]]:
         """Arguments and environment of every process that ran the script."""
-        return [tuple(json.loads(line.partition("ARGV ")[2]))
-                for line in self.stdout.splitlines() if "ARGV " in line]
+        return [tuple(json.loads(Path(name).read_text())) for name in re.findall(r"ARGV (\S+)", self.stdout)]
 
     def flag(self, name: str) -> str | None:
         """The value of a flag in the command; None where it is not given."""
