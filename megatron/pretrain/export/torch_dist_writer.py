@@ -83,6 +83,6 @@ def _properties(tensor: Tensor) -> TensorProperties:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own: torch.save writes all of one, whatever a view uses of it."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    """The tensor with a storage of its own, where it lies: torch.save writes all that a storage holds."""
+    elements = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(elements).view(tensor.dtype).view(tensor.shape)

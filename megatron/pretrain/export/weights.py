@@ -1,9 +1,10 @@
 """Pure rules between a tensor of Megatron's layout and tensors of Hugging Face's, in both directions.
 
 `split_*` and `trim_*` turn one tensor of Megatron into a tuple for Hugging Face. `stack`, `merge_*` and
-`pad_*` take such a tuple back, and give the pieces whose rows, one after the other, are Megatron's tensor: so none is
-copied that need not be. `join_*` put together what tensor-parallel ranks hold of one tensor. None reads or
-writes anything, and all work on tensors of the `meta` device too, which is how shapes are known beforehand.
+`pad_*` take such a tuple back, and give the pieces whose rows, one after the other, are Megatron's tensor:
+so none is copied that need not be. `join_*` put together what tensor-parallel ranks hold of one tensor. None
+reads or writes anything, and all work on tensors of the `meta` device too, which is how shapes are known
+beforehand.
 """
 
 from __future__ import annotations

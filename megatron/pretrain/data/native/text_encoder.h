@@ -25,9 +25,10 @@ class TextEncoder {
   }
 
  private:
-  // 32 MiB of short units and 24 MiB of long ones: what a worker holds beside the vocabulary.
-  static constexpr int kShortSetBits = 19;
-  static constexpr int kLongSetBits = 16;
+  // 8 MiB of short units and 6 MiB of long ones: what a worker holds beside the vocabulary. More would be
+  // slower in runs of less than some hundred MB, where clearing the memory costs what it saves.
+  static constexpr int kShortSetBits = 17;
+  static constexpr int kLongSetBits = 14;
   // Ids of a short slot are copied all at once, whatever their number.
   static constexpr size_t kCopyAhead = ShortSlot<Id>::kMostIds;
 
