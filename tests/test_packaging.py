@@ -54,7 +54,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in PACKAGED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
@@ -85,7 +85,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = {Path(name).name for name in archive.namelist() if ".dist-info/licenses/" in name}
     package = ROOT / "megatron" / "pretrain"
-    assert names == {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    native = f"megatron/pretrain/data/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert names == {native, *(str(path.relative_to(ROOT)) for path in package.rglob("*.py"))}
     assert licences == {"LICENSE", "NOTICE"}
 
 
@@ -98,6 +99,22 @@ def test_the_wheel_imports_beside_megatron_core(wheel: Path, tmp_path: Path):
     assert Path(ours).is_relative_to(tmp_path / "empty")
 
 
+def test_without_a_compiler_the_wheel_is_built_without_the_native_encoder(
+        sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = shutil.copytree(sources, tmp_path / "clone", ignore=shutil.ignore_patterns("build", "*.so"))
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    monkeypatch.delenv("REQUIRE_NATIVE", raising=False)
+    build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, clone]
+    checked(build, tmp_path)
+    [built] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert not [name for name in archive.namelist() if "_native." in name]
+    monkeypatch.setenv("REQUIRE_NATIVE", "1")
+    with pytest.raises(AssertionError, match="which REQUIRE_NATIVE=1 forbids"):
+        checked(build, tmp_path)
+
+
 def test_an_editable_install_imports_from_any_folder(sources: Path, tmp_path: Path):
     python = make_environment(tmp_path / "editable")
     checked([*PIP, "--python", python, "install", "--no-deps", "--no-index", "--no-build-isolation",
@@ -105,6 +122,7 @@ def test_an_editable_install_imports_from_any_folder(sources: Path, tmp_path: Pa
     for folder in (Path("/"), tmp_path, sources, sources / "megatron"):
         ours = checked([python, "-c", FIND_BOTH], folder).strip()
         assert Path(ours).resolve() == (sources / "megatron" / "pretrain" / "errors.py").resolve()
+    assert list((sources / "megatron" / "pretrain" / "data").glob("_native*.so"))
 
 
 def requirements_of(wheel: Path) -> list[Requirement]:
