@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron.pretrain.config import RunConfig
+from megatron.pretrain.optim.adamw import FusedAdamW, replace_kernel
 from megatron.pretrain.optim.sharded import mend_loading, parts
 
 
@@ -37,7 +38,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         chunks)
     mend_loading(optimizer)
     for part in parts(optimizer):
-        _use_fused_kernel(part)
+        part.optimizer = replace_kernel(part.optimizer)
     return optimizer
 
 
@@ -75,28 +76,12 @@ def global_grad_norm(optimizer: MegatronOptimizer) -> float:
     return math.sqrt(float(torch.stack(squares).sum()))
 
 
-def _use_fused_kernel(part: MegatronOptimizer) -> None:
-    """Update all parameters in one kernel a group where torch's AdamW steps on a GPU."""
-    if isinstance(part.optimizer, torch.optim.AdamW):
-        for group in part.optimizer.param_groups:
-            group["fused"] = all(parameter.is_cuda for parameter in group["params"])
-
-
 def _clip(part: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:
-    """Scale the gradients so that their global norm is at most `clip_grad`; 0 leaves them.
-
-    torch's fused kernel divides by `grad_scale` as it reads a gradient, which spares a pass over all of them.
-    """
-    parameters = part.get_parameters()
-    if _steps_fused(part):
+    """Scale the gradients so that their global norm is at most `clip_grad`; 0 leaves them."""
+    if isinstance(part.optimizer, FusedAdamW):
         # The engine's coefficient, so that a run's losses do not depend on who clips.
-        divisor = max(1.0, (grad_norm + 1e-6) / clip_grad) if clip_grad > 0 else 1.0
-        part.optimizer.grad_scale = (
-            torch.tensor(divisor, device=torch.cuda.current_device()) if divisor > 1.0 else None)
-    elif clip_grad > 0 and parameters:
+        part.optimizer.gradient_divisor = max(1.0, (grad_norm + 1e-6) / clip_grad) if clip_grad > 0 else 1.0
+        return
+    parameters = part.get_parameters()
+    if clip_grad > 0 and parameters:
         clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
-
-
-def _steps_fused(part: MegatronOptimizer) -> bool:
-    return isinstance(part.optimizer, torch.optim.AdamW) and all(
-        group["fused"] for group in part.optimizer.param_groups)

@@ -117,7 +117,6 @@ def _prime(part: MegatronOptimizer) -> None:
     """Give torch's AdamW empty moments, which the engine's loading copies into but does not create."""
     for parameter, state in _torch_states(part):
         if not state:
-            # load_state_dict moves `step` to where the kernel wants it.
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter),
                          exp_avg_sq=torch.zeros_like(parameter))
 

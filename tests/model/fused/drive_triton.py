@@ -1,6 +1,6 @@
 """Run by test_interpreted.py: compares one Triton kernel with its torch form, without a GPU.
 
-    python drive_triton.py rotary|loss
+    python drive_triton.py adamw|rotary|loss
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch  # noqa: E402
 from megatron.pretrain.model.fused import triton_loss, triton_rotary  # noqa: E402
 from megatron.pretrain.model.fused.attention import _rotated  # noqa: E402
 from megatron.pretrain.model.fused.loss import _Torch  # noqa: E402
+from megatron.pretrain.optim.adamw import FusedAdamW  # noqa: E402
 
 
 def rotary() -> None:
@@ -41,6 +42,28 @@ def loss() -> None:
         torch.testing.assert_close(written, expected)
 
 
+def adamw() -> None:
+    """Ten updates of two groups are torch's own, with the gradient's divisor as torch divides beforehand."""
+    for divisor in (1.0, 3.5):
+        starts = [torch.randn(5), torch.randn(3, 1400)]
+        ours, torchs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+        options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+        first, second = (kind([{"params": weights[:1], "weight_decay": 0.0},
+                               {"params": weights[1:], "weight_decay": 0.1}], **options)
+                         for kind, weights in ((FusedAdamW, ours), (torch.optim.AdamW, torchs)))
+        first.gradient_divisor = divisor
+        for _ in range(10):
+            for mine, theirs in zip(ours, torchs, strict=True):
+                mine.grad = torch.randn_like(mine)
+                theirs.grad = mine.grad / divisor
+            first.step()
+            second.step()
+        for mine, theirs in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            for name, value in second.state[theirs].items():
+                torch.testing.assert_close(first.state[mine][name], value, rtol=1e-5, atol=1e-7)
+
+
 torch.manual_seed(0)
-{"rotary": rotary, "loss": loss}[sys.argv[1]]()
+{"adamw": adamw, "rotary": rotary, "loss": loss}[sys.argv[1]]()
 print(f"{sys.argv[1]}: equal")

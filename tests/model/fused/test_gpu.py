@@ -14,6 +14,7 @@ from megatron.pretrain.model.fused.attention import _RotaryAttention, torch_rota
 from megatron.pretrain.model.fused.gate import QuackGate, TorchGate
 from megatron.pretrain.model.fused.kernels import kernels_for, missing_packages
 from megatron.pretrain.model.fused.norm import _RMSNorm
+from megatron.pretrain.optim.adamw import FusedAdamW
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
               pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {missing_packages()}")]
@@ -144,6 +145,24 @@ def test_loss(tokens: int, width: int, first: int) -> None:
     written = logits.clone()
     triton_loss.gradient_(written, labels, first, maximum + total.log(), scale)
     assert error(written, gradient * scale[:, None]) < BOUND
+
+
+def test_adamw() -> None:
+    """The same ten updates in float64 on the CPU."""
+    ours = [torch.nn.Parameter(torch.randn(*shape, device="cuda")) for shape in ((3,), (1000, 33), (4096, 4096))]
+    exact = [torch.nn.Parameter(weight.detach().double().cpu()) for weight in ours]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    first, second = FusedAdamW(ours, **options), torch.optim.AdamW(exact, **options)
+    first.gradient_divisor = 2.0
+    for _ in range(10):
+        for mine, theirs in zip(ours, exact, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.double().cpu() / 2
+        first.step()
+        second.step()
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert error(mine.cpu(), theirs) < 1e-6
+        assert error(first.state[mine]["exp_avg_sq"].cpu(), second.state[theirs]["exp_avg_sq"]) < 1e-6
 
 
 def test_every_kernel_is_chosen_here() -> None:

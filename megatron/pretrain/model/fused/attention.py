@@ -85,7 +85,8 @@ class _RotaryAttention(torch.autograd.Function):
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
-        if mixed.size(-1) > FLASH_BACKWARD_HEAD_DIM and not ctx.deterministic:
+        # cuDNN refuses a sequence of one position, and does not promise the same bits every time.
+        if mixed.size(-1) > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
             _cudnn_backward(mixed, context, d_context, statistics, d_mixed)
         else:
             _flash_backward(mixed, context, d_context, statistics, d_mixed, ctx.deterministic)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_A_PROGRAM = 4
+HEADS_A_PROGRAM = 16
 
 
 def rotate_(mixed: Tensor, angles: Tensor, *, inverse: bool = False) -> None:
