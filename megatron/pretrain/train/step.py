@@ -17,6 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from megatron.pretrain.data.batches import MicroBatch
+from megatron.pretrain.model.fused.fp8_model import fp8_states
 
 Chunks = list[DistributedDataParallel]
 
@@ -42,6 +43,8 @@ def forward_backward(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, for
     a mean over micro-batches of the mean over tokens, or with --calculate-per-token-loss over all tokens.
     """
     engine = get_model_config(chunks[0])
+    for state in fp8_states(chunks):
+        state.begin_step()
     if not forward_only:
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -54,6 +57,12 @@ def forward_backward(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, for
     for report in reports:
         total += report["loss"] if engine.calculate_per_token_loss else _mean_of(report["loss"])
     return total
+
+
+def end_step(chunks: Chunks) -> None:
+    """After the optimizer's step: what the next one needs to know of this one's numbers."""
+    for state in fp8_states(chunks):
+        state.end_step(parallel_state.get_amax_reduction_group(with_context_parallel=True))
 
 
 def mean_loss(total: Tensor) -> float:
