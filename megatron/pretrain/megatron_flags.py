@@ -68,6 +68,7 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     encoder-tensor-model-parallel-size end-weight-decay error-injection-rate error-injection-type
     exit-on-missing-checkpoint exit-signal exit-signal-handler exp-avg-dtype exp-avg-sq-dtype
     expert-tensor-parallel-size external-cuda-graph finetune-lr flash-decode fp16
+    fp8-amax-compute-algo fp8-amax-history-len fp8-interval fp8-margin fp8-param-gather fp8-quantizer-factory
     fp16-lm-cross-entropy fp32-residual-connection fraction full-validation fused-single-qkv-rope
     grad-reduce-in-bf16 gradient-accumulation-fusion hierarchical-context-parallel-sizes
     high-priority-stream-groups hysteresis img-h img-w init-method-xavier-uniform
@@ -121,7 +122,7 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     """.split())
 
 UNSUPPORTED_FAMILIES = tuple(f"--{name}-" for name in """
-    dino fp4 fp8 hybrid ict inference kitchen mamba moe one-logger retro rl swin vision
+    dino fp4 hybrid ict inference kitchen mamba moe one-logger retro rl swin vision
     """.split())
 
 

@@ -87,7 +87,7 @@ def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimiz
     content["fp8"] = _saved_fp8(folder, chunks)
     loaded = _load(folder, content)
     _load_model(folder, chunks, loaded)
-    _load_fp8(chunks, loaded["fp8"])
+    _load_fp8(chunks, loaded.get("fp8", {}))  # an empty entry does not come back
     load_tensors(optimizer, loaded["optimizer"], updates)
     if with_rng:
         _set_rng(loaded["rng"])

@@ -19,22 +19,22 @@ FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 def plain(values: Tensor, target: Target) -> None:
     rows, columns = values.shape
-    _plain[_grid(rows, columns)](values, rows, columns, **_arguments(target), **TILE)
+    _cast_plain[_grid(rows, columns)](values, rows, columns, **_arguments(target), **TILE)
 
 
 def normed(hidden: Tensor, weight: Tensor, inverse_rms: Tensor, target: Target) -> None:
     rows, columns = hidden.shape
-    _normed[_grid(rows, columns)](hidden, weight, inverse_rms, rows, columns, **_arguments(target), **TILE)
+    _cast_normed[_grid(rows, columns)](hidden, weight, inverse_rms, rows, columns, **_arguments(target), **TILE)
 
 
 def gated(halves: Tensor, target: Target) -> None:
     rows, columns = halves.size(0), halves.size(1) // 2
-    _gated[_grid(rows, columns)](halves, rows, columns, **_arguments(target), **TILE)
+    _cast_gated[_grid(rows, columns)](halves, rows, columns, **_arguments(target), **TILE)
 
 
 def gated_gradient(halves: Tensor, gradient: Tensor, target: Target) -> None:
     rows, columns = gradient.shape
-    _gated_gradient[_grid(rows, columns)](halves, gradient, rows, columns, **_arguments(target), **TILE)
+    _cast_gated_gradient[_grid(rows, columns)](halves, gradient, rows, columns, **_arguments(target), **TILE)
 
 
 def inverse_rms(hidden: Tensor, eps: float, out: Tensor) -> None:
@@ -66,8 +66,8 @@ def _arguments(target: Target) -> dict[str, object]:
 
 
 @triton.jit
-def _plain(values, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-           HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_plain(values, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
+                LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     value = _load(values, row, column, inside, columns)
@@ -79,8 +79,8 @@ def _plain(values, rows, columns, amax, scale, data, transposed, FORMAT: tl.cons
 
 
 @triton.jit
-def _normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
-            LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
+                 LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     inverse = tl.load(inverse_rms + row, mask=row < rows, other=0.0)
@@ -94,8 +94,8 @@ def _normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, trans
 
 
 @triton.jit
-def _gated(halves, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-           HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_gated(halves, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
+                LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     gate = _load(halves, row, column, inside, 2 * columns)
@@ -109,8 +109,8 @@ def _gated(halves, rows, columns, amax, scale, data, transposed, FORMAT: tl.cons
 
 
 @triton.jit
-def _gated_gradient(halves, gradient, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
-                    LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_gated_gradient(halves, gradient, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
+                          LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """`columns` are those of one half. With silu(g) = g s(g): silu'(g) = s (1 + g (1 - s))."""
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
