@@ -15,6 +15,7 @@ from torch.nn import Parameter, functional
 from megatron.pretrain.model.fused import fp8_products
 from megatron.pretrain.model.fused.fp8_linear import Casts, _Column, _Row
 from megatron.pretrain.model.fused.fp8_mlp import _Fp8GatedMLP
+from megatron.pretrain.model.fused.linear import ready_weight
 from megatron.pretrain.model.fused.quantize import E4M3, E5M2, Source
 from megatron.pretrain.model.fused.scaling import AmaxHistory, CurrentScaling, DelayedScaling, Scaling
 
@@ -126,6 +127,13 @@ def test_a_weight_without_an_accumulator_gets_its_gradient() -> None:
     assert error(weight.grad, upstream[:, 0].double().T @ leaf.detach()[:, 0].double()) < BACKWARD
 
 
+def test_a_weight_is_waited_for_where_its_module_is_not_called() -> None:
+    seen = []
+    module = torch.nn.Linear(2, 2)
+    module.register_forward_pre_hook(lambda called, inputs: seen.append(called))
+    assert ready_weight(module) is module.weight and seen == [module]
+
+
 def test_a_bad_number_reaches_every_gradient_that_it_touches() -> None:
     weight, inputs = parameter(32, 16, device="cpu"), random(16, 1, 16, device="cpu")
     inputs[3, 0, 5] = torch.nan
@@ -152,6 +160,17 @@ def test_cublaslt_adds_what_the_plain_path_adds(outer: int, inner: int, tokens: 
                                  out_dtype=torch.float32, use_fast_accum=False).double()
     for direct, total in sums.items():
         assert error(total.double() - start.double(), exact) < (1e-4 if direct else 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens, inner, outer", [(48, 32, 16), (8192, 3072, 3072), (8192, 24576, 3072)])
+def test_cublaslt_adds_a_residual(tokens: int, inner: int, outer: int) -> None:
+    inputs = CurrentScaling(E4M3).quantize(Source(random(tokens, inner, device="cuda")))
+    weight = CurrentScaling(E4M3).quantize(Source(random(outer, inner, device="cuda", scale=inner ** -0.5)))
+    residual = random(tokens, outer, device="cuda")
+    ours, plain = (fp8_products.add_product(residual, inputs, weight, direct=direct) for direct in (True, False))
+    assert error(ours, plain.double()) < 6e-3
 
 
 @pytest.mark.gpu

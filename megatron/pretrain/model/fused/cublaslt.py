@@ -1,6 +1,6 @@
-"""cuBLASLt's fp8 product that adds to its fp32 result, which torch does not offer: called through ctypes.
+"""cuBLASLt's fp8 product that adds to a matrix, which torch does not offer: called through ctypes.
 
-`torch._scaled_mm` writes its result; adding it to the accumulator afterwards moves 12 bytes a weight more.
+`torch._scaled_mm` writes its result; adding it to an accumulator afterwards moves 10 bytes a weight more.
 Numbers below are cublasLt.h's.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
 
-CUDA_TYPES = {torch.float32: 0, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
+CUDA_TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 COMPUTE_32F = 68
 OP_T = 1
 DESC_TRANSA, DESC_A_SCALE_POINTER, DESC_B_SCALE_POINTER, DESC_FAST_ACCUM = 3, 17, 18, 25
@@ -35,7 +35,7 @@ class _Heuristic(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Problem:
-    """What cuBLASLt chooses an algorithm by: out [rows, columns] += a [rows, depth] @ b [columns, depth]^T."""
+    """What cuBLASLt chooses an algorithm by: out [rows, columns] = added + a [rows, depth] @ b [columns, depth]^T."""
 
     device: int
     rows: int
@@ -43,8 +43,11 @@ class _Problem:
     depth: int
     a_type: torch.dtype
     b_type: torch.dtype
+    out_type: torch.dtype
+    fast_accumulation: bool
     a_alignment: int
     b_alignment: int
+    added_alignment: int
     out_alignment: int
 
 
@@ -59,28 +62,31 @@ class _Plan:
     algorithm: _Algorithm
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor) -> None:
-    """out [rows, columns] += (a @ b^T) * a_inverse * b_inverse, on the current stream.
+def add_product(added: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out: Tensor, *,
+                fast_accumulation: bool) -> None:
+    """out [rows, columns] = added + (a @ b^T) * a_inverse * b_inverse, on the current stream; out may be added.
 
-    out is fp32, a [rows, depth] and b [columns, depth] are fp8 (e5m2 at most in one of them), all contiguous;
-    the inverses are fp32 scalars on the device. Sums are promoted to fp32 often (no fast accumulation).
-    Raises RuntimeError where cuBLASLt has no algorithm for the shapes.
+    added and out are both fp32 or both bf16, a [rows, depth] and b [columns, depth] are fp8 (e5m2 at most in one
+    of them), all contiguous; the inverses are fp32 scalars on the device. Without `fast_accumulation` sums are
+    promoted to fp32 as they grow. Raises RuntimeError where cuBLASLt has no algorithm for the shapes.
     """
     rows, columns, depth = a.size(0), b.size(0), a.size(1)
-    if (b.size(1), tuple(out.shape), out.dtype) != (depth, (rows, columns), torch.float32):
-        raise ValueError(f"{list(out.shape)} {out.dtype} += {list(a.shape)} @ {list(b.shape)}^T")
-    plan = _plan(_Problem(out.get_device(), rows, columns, depth, a.dtype, b.dtype,
-                          *(_alignment(tensor) for tensor in (a, b, out))))
+    if not (b.size(1) == depth and out.shape == added.shape == (rows, columns) and out.dtype == added.dtype):
+        raise ValueError(f"{list(out.shape)} {out.dtype} = {list(added.shape)} {added.dtype} + {list(a.shape)} @ "
+                         f"{list(b.shape)}^T")
+    device = out.get_device()
+    plan = _plan(_Problem(device, rows, columns, depth, a.dtype, b.dtype, out.dtype, fast_accumulation,
+                          *(_alignment(tensor) for tensor in (a, b, added, out))))
     # cuBLASLt's matrices are stored by columns: its result is out^T = b @ a^T, its first operand is b.
     _set(plan.description, DESC_A_SCALE_POINTER, _Pointer(b_inverse.data_ptr()))
     _set(plan.description, DESC_B_SCALE_POINTER, _Pointer(a_inverse.data_ptr()))
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    one, place = ctypes.byref(ctypes.c_float(1)), _Pointer(out.data_ptr())
-    with torch.cuda.device(out.device):
-        _call("cublasLtMatmul", _handle(out.get_device()), plan.description, one, _Pointer(b.data_ptr()), plan.first,
-              _Pointer(a.data_ptr()), plan.second, one, place, plan.result, place, plan.result,
-              ctypes.byref(plan.algorithm), _Pointer(_workspace(out.get_device(), stream).data_ptr()),
-              ctypes.c_size_t(WORKSPACE_BYTES), _Pointer(stream))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    one = ctypes.byref(ctypes.c_float(1))
+    with torch.cuda.device(device):
+        _call("cublasLtMatmul", _handle(device), plan.description, one, _Pointer(b.data_ptr()), plan.first,
+              _Pointer(a.data_ptr()), plan.second, one, _Pointer(added.data_ptr()), plan.result,
+              _Pointer(out.data_ptr()), plan.result, ctypes.byref(plan.algorithm),
+              _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES), _Pointer(stream))
 
 
 @cache
@@ -88,14 +94,14 @@ def _plan(problem: _Problem) -> _Plan:
     description = _Pointer()
     _call("cublasLtMatmulDescCreate", ctypes.byref(description), COMPUTE_32F, CUDA_TYPES[torch.float32])
     _set(description, DESC_TRANSA, ctypes.c_int32(OP_T))
-    _set(description, DESC_FAST_ACCUM, ctypes.c_int8(0))
+    _set(description, DESC_FAST_ACCUM, ctypes.c_int8(problem.fast_accumulation))
     # The heuristic must know that there are scales; which ones is said with each product.
     scale = torch.ones((), device=problem.device)
     for attribute in (DESC_A_SCALE_POINTER, DESC_B_SCALE_POINTER):
         _set(description, attribute, _Pointer(scale.data_ptr()))
     first = _layout(problem.b_type, problem.depth, problem.columns)
     second = _layout(problem.a_type, problem.depth, problem.rows)
-    result = _layout(torch.float32, problem.columns, problem.rows)
+    result = _layout(problem.out_type, problem.columns, problem.rows)
     return _Plan(description, first, second, result, _algorithm(problem, description, first, second, result))
 
 
@@ -104,7 +110,7 @@ def _algorithm(problem: _Problem, description: _Pointer, first: _Pointer, second
     preference = _Pointer()
     _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
     wishes = {PREF_MAX_WORKSPACE_BYTES: ctypes.c_uint64(WORKSPACE_BYTES)}
-    alignments = {"a": problem.b_alignment, "b": problem.a_alignment, "c": problem.out_alignment,
+    alignments = {"a": problem.b_alignment, "b": problem.a_alignment, "c": problem.added_alignment,
                   "d": problem.out_alignment}
     wishes.update({PREF_MIN_ALIGNMENT[name]: ctypes.c_uint32(value) for name, value in alignments.items()})
     for attribute, value in wishes.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused import communication as comm
-from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
+from megatron.pretrain.model.fused.fp8_products import add_product, input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear
 from megatron.pretrain.model.fused.quantize import Quantized, Source
 from megatron.pretrain.model.fused.scaling import Scaling
@@ -101,10 +101,10 @@ class _Row(torch.autograd.Function):
 def project(inputs: Quantized, weight: Quantized, residual: Tensor, group: dist.ProcessGroup | None,
             sequence_parallel: bool) -> Tensor:
     """residual + inputs @ weight^T, summed over the group's ranks; residual [s, b, out] or a shard of s."""
+    if group is None:
+        return add_product(residual.flatten(0, 1), inputs, weight).view(residual.shape)
     shards = group.size() if sequence_parallel else 1
     partial = product(inputs, weight, residual.dtype).view(residual.size(0) * shards, *residual.shape[1:])
-    if group is None:
-        return partial.add_(residual)
     summed = comm.scatter_sum(partial, group) if sequence_parallel else comm.total(partial, group)
     return summed.wait().add_(residual)
 

@@ -15,6 +15,7 @@ from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.fp8_linear import (
     Casts, Fp8ColumnLinear, Fp8RowLinear, kept, project, restored, rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
+from megatron.pretrain.model.fused.linear import ready_weight
 from megatron.pretrain.model.fused.quantize import Gated, GatedGradient, Quantized
 
 
@@ -30,7 +31,7 @@ class Fp8GatedMLP(MLP):
         """normed and residual [s, b, h] (a shard of s with sequence parallelism) -> [s, b, h]."""
         group = self.tp_group if self.tp_group.size() > 1 else None
         return _Fp8GatedMLP.apply(
-            normed, residual, self.linear_fc1.weight, self.linear_fc2.weight, self.linear_fc1.casts,
+            normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2), self.linear_fc1.casts,
             self.linear_fc2.casts, group, self.config.sequence_parallel, self.recompute)
 
 

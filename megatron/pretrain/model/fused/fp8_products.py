@@ -20,6 +20,16 @@ def product(inputs: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
     return fp8_product(inputs.data, weight.data, inputs.inverse, weight.inverse, dtype, fast_accumulation=True)
 
 
+def add_product(added: Tensor, inputs: Quantized, weight: Quantized, *, direct: bool = True) -> Tensor:
+    """added [tokens, out] + inputs [tokens, in] @ weight [out, in]^T; `direct` adds in the product itself."""
+    if not (direct and added.is_cuda):
+        return product(inputs, weight, added.dtype).add_(added)
+    out = torch.empty_like(added)
+    cublaslt.add_product(added, inputs.data, weight.data, inputs.inverse, weight.inverse, out,
+                         fast_accumulation=True)
+    return out
+
+
 def input_gradient(gradient: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """gradient [tokens, out] @ weight [out, in] -> [tokens, in]."""
     return fp8_product(gradient.data, weight.transposed, gradient.inverse, weight.inverse, dtype,
@@ -44,7 +54,8 @@ def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, 
     where fp8 left 2^-4) and added in a pass of its own.
     """
     if direct and main_grad.is_cuda:
-        cublaslt.accumulate(main_grad, gradient, inputs, gradient_inverse, inputs_inverse)
+        cublaslt.add_product(main_grad, gradient, inputs, gradient_inverse, inputs_inverse, main_grad,
+                             fast_accumulation=False)
     else:
         main_grad.add_(fp8_product(gradient, inputs, gradient_inverse, inputs_inverse, torch.bfloat16,
                                    fast_accumulation=False))

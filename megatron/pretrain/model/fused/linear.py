@@ -19,6 +19,17 @@ from megatron.pretrain.model.fused.products import weight_gradient
 AddProduct = Callable[[Tensor, Parameter, Tensor, Tensor], None]
 
 
+def ready_weight(module: torch.nn.Module) -> Parameter:
+    """The weight of a module whose forward pass is not called.
+
+    With --overlap-param-gather the engine waits for a module's weights in a hook before that call: elsewhere the
+    weight may still be the last step's, or in the middle of its collective.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    return module.weight
+
+
 class Linear(torch.autograd.Function):
     """inputs [s, b, in] x weight [out, in] -> [s, b, out], with the collectives of a column-parallel layer.
 

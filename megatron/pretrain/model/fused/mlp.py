@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.gate import Gate, gate_for
 from megatron.pretrain.model.fused.kernels import kernels_for
-from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, project
+from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, project, ready_weight
 from megatron.pretrain.model.fused.products import weight_gradient
 
 
@@ -30,8 +30,8 @@ class GatedMLP(MLP):
     def forward(self, normed: Tensor, residual: Tensor) -> Tensor:
         """normed and residual [s, b, h] (a shard of s with sequence parallelism) -> [s, b, h]."""
         group = self.tp_group if self.tp_group.size() > 1 else None
-        return _GatedMLP.apply(normed, residual, self.linear_fc1.weight, self.linear_fc2.weight, self.gate, group,
-                               self.config.sequence_parallel, self.recompute)
+        return _GatedMLP.apply(normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2),
+                               self.gate, group, self.config.sequence_parallel, self.recompute)
 
 
 class _GatedMLP(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.kernels import kernels_for
+from megatron.pretrain.model.fused.linear import ready_weight
 from megatron.pretrain.model.fused.products import deliver
 from megatron.pretrain.model.layers import RMSNorm
 
@@ -28,7 +29,7 @@ class FusedRMSNorm(RMSNorm):
 
     def branch(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of hidden, hidden): taking the residual from here joins both gradients in one kernel."""
-        return _RMSNorm.apply(hidden, self.weight, self.eps, self.kernel)
+        return _RMSNorm.apply(hidden, ready_weight(self), self.eps, self.kernel)
 
 
 class _RMSNorm(torch.autograd.Function):
