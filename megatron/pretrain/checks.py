@@ -65,6 +65,7 @@ def settle(config: RunConfig, world_size: int) -> RunConfig:
     _check_sequence(config)
     _check_overlap(config)
     _check_recompute(config)
+    _check_fused(config)
     _check_schedule(config)
     _check_checkpoint(config)
     return config
@@ -165,6 +166,13 @@ def _check_recompute(config: RunConfig) -> None:
     # The engine walks on in steps of a unit, past the last layer where they do not fit.
     _require(train.recompute_method != "uniform" or held % unit == 0,
              f"--recompute-num-layers {unit} must divide the {held} layers that a rank holds in one piece")
+
+
+def _check_fused(config: RunConfig) -> None:
+    model = config.model
+    _require(model.transformer_impl != "fused" or model.attention_dropout == model.hidden_dropout == 0,
+             "--transformer-impl fused has no dropout: leave out --attention-dropout and --hidden-dropout, or "
+             "use --transformer-impl local")
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -41,9 +41,9 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = setting(
         128, "Pad the vocabulary to a multiple of this times the tensor-parallel size.")
     transformer_impl: str = setting(
-        "auto", "Layers to build from: local (torch alone), transformer_engine, or auto, which takes "
-        "Transformer Engine where it is installed and CUDA is present.",
-        choices=("auto", "local", "transformer_engine"))
+        "auto", "Layers to build from: fused (flash-attn-4, quack and Triton kernels), transformer_engine, local "
+        "(torch alone), or auto: on CUDA the fastest whose packages are installed, elsewhere local.",
+        choices=("auto", "fused", "local", "transformer_engine"))
 
     @property
     def head_dim(self) -> int:

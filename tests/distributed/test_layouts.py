@@ -22,6 +22,9 @@ LAYOUTS = {
         "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1,
         "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
 }
+FUSED = ("--transformer-impl", "fused")
+LAYOUTS |= {f"fused, {name}": (*FUSED, *LAYOUTS[name]) for name in (
+    "DP2", "DP2, distributed optimizer, overlapped", "TP2", "TP2, sequence parallel", "PP2, interleaved, recomputed")}
 
 
 @pytest.fixture(scope="module")

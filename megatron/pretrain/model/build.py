@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.model.fused.kernels import kernels_for, missing_packages
+from megatron.pretrain.model.fused.model import FusedGPTModel, layer_spec
 from megatron.pretrain.model.layers import CausalAttention, RMSNorm
 
 logger = logging.getLogger(__name__)
@@ -37,23 +39,44 @@ def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device)
 
 
 def transformer_implementation(config: RunConfig, device: torch.device) -> str:
-    """Resolve --transformer-impl auto, and refuse what is not installed."""
-    wanted = config.model.transformer_impl
+    """Resolve --transformer-impl auto, and refuse what is not installed; say what was chosen and why."""
+    wanted, on_cuda = config.model.transformer_impl, device.type == "cuda"
     installed = importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" and not (installed and device.type == "cuda"):
+    if wanted == "transformer_engine" and not (installed and on_cuda):
         reason = "CUDA is not present" if installed else 'it is not installed (pip install "neo-pretrain[te]")'
         raise UserError(f"--transformer-impl transformer_engine: {reason}; use local or auto")
     if wanted == "auto":
-        wanted = "transformer_engine" if installed and device.type == "cuda" else "local"
-        logger.info("layers: %s (--transformer-impl auto)", wanted)
+        wanted, reason = _best_implementation(config, on_cuda, installed)
+        logger.info("layers: %s (--transformer-impl auto: %s)", wanted, reason)
+    if wanted == "fused":
+        logger.info("fused kernels: %s", kernels_for(device, _precision(config)))
+        if on_cuda and missing_packages():
+            logger.warning('faster with %s: pip install "neo-pretrain[gpu]"', ", ".join(missing_packages()))
     return wanted
+
+
+def _best_implementation(config: RunConfig, on_cuda: bool, transformer_engine: bool) -> tuple[str, str]:
+    """The fastest layers that run here, and the reason."""
+    if not on_cuda:
+        return "local", "there is no CUDA device"
+    if config.model.attention_dropout or config.model.hidden_dropout:
+        return "transformer_engine" if transformer_engine else "local", "fused layers have no dropout"
+    if not missing_packages():
+        return "fused", "its packages are installed"
+    if transformer_engine:
+        return "transformer_engine", f"{', '.join(missing_packages())} not installed"
+    return "fused", "neither its packages nor Transformer Engine are installed; torch stands in for some kernels"
+
+
+def _precision(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.train.bf16 else torch.float32
 
 
 def transformer_config(config: RunConfig, device: torch.device, implementation: str = "local") -> TransformerConfig:
     """megatron-core's description of this model, layout and precision, for layers of `implementation`."""
     with_te = implementation == "transformer_engine"
     model, layout, train = config.model, config.layout, config.train
-    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    dtype = _precision(config)
     chunk = layout.num_layers_per_virtual_pipeline_stage
     stage_layers = model.num_layers // layout.pipeline_model_parallel_size
     return TransformerConfig(
@@ -84,7 +107,7 @@ def transformer_config(config: RunConfig, device: torch.device, implementation: 
 
 def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, padded_vocab_size: int,
            stage: int | None) -> torch.nn.Module:
-    chunk = GPTModel(
+    chunk = (FusedGPTModel if implementation == "fused" else GPTModel)(
         engine, _layer_spec(engine, implementation, stage), vocab_size=padded_vocab_size,
         max_sequence_length=config.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
@@ -97,6 +120,8 @@ def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, pa
 def _layer_spec(engine: TransformerConfig, implementation: str, stage: int | None) -> object:
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
+    if implementation == "fused":
+        return layer_spec(engine, stage)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

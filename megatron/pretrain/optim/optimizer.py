@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron.pretrain.config import RunConfig
+from megatron.pretrain.optim.adamw import FusedAdamW, replace_kernel
 from megatron.pretrain.optim.sharded import mend_loading, parts
 
 
@@ -35,6 +37,8 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
             overlap_param_gather=layout.overlap_param_gather),
         chunks)
     mend_loading(optimizer)
+    for part in parts(optimizer):
+        part.optimizer = replace_kernel(part.optimizer)
     return optimizer
 
 
@@ -52,11 +56,32 @@ def step(optimizer: MegatronOptimizer, clip_grad: float) -> StepOutcome:
     The norm is taken over every rank, so all ranks decide alike.
     """
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = global_grad_norm(optimizer)
     if not math.isfinite(grad_norm):
         return StepOutcome(updated=False, grad_norm=grad_norm)
     for part in parts(optimizer):
-        parameters = part.get_parameters()
-        if clip_grad > 0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+        _clip(part, clip_grad, grad_norm)
     return StepOutcome(updated=optimizer.step_with_ready_grads(), grad_norm=grad_norm)
+
+
+def global_grad_norm(optimizer: MegatronOptimizer) -> float:
+    """The 2-norm of all gradients over every rank that holds a part of them, with one read of the device."""
+    squares = []
+    for part in parts(optimizer):
+        grads = part.get_main_grads_for_grad_norm()
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        square = norm.float().square().to(torch.cuda.current_device())
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares.append(square)
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+def _clip(part: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:
+    """Scale the gradients so that their global norm is at most `clip_grad`; 0 leaves them."""
+    if isinstance(part.optimizer, FusedAdamW):
+        # The engine's coefficient, so that a run's losses do not depend on who clips.
+        part.optimizer.gradient_divisor = max(1.0, (grad_norm + 1e-6) / clip_grad) if clip_grad > 0 else 1.0
+        return
+    parameters = part.get_parameters()
+    if clip_grad > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)

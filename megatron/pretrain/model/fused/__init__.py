@@ -1,0 +1,1 @@
+"""The `fused` layers: faster than Transformer Engine on Hopper, from packages that pip installs."""

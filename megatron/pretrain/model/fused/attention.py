@@ -1,0 +1,134 @@
+"""Self-attention from packed heads: rotation in place, the fastest kernel for each direction, one packed gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+from torch.nn import functional
+
+from megatron.pretrain.model.fused.kernels import kernels_for
+
+# Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
+FLASH_BACKWARD_HEAD_DIM = 192
+
+
+class FusedSelfAttention(SelfAttention):
+    """The engine's self-attention with the residual added in the output projection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernels = kernels_for(self.linear_qkv.weight.device, self.config.params_dtype)
+
+    def forward(self, normed: Tensor, residual: Tensor, angles: Tensor) -> Tensor:
+        """normed and residual [s, b, h] (shards with sequence parallelism), angles [s, 1, 1, d] -> [s, b, h]."""
+        mixed = self._packed_heads(normed)
+        if self.kernels.attention == "torch":
+            context = torch_rotary_attention(mixed, angles)
+        else:
+            context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode)
+        return self.linear_proj(context, residual)
+
+    def _packed_heads(self, normed: Tensor) -> Tensor:
+        """[s, b, groups, query heads of a group + 2, d] on this rank: each group's queries, its key, its value."""
+        if self.config.num_query_groups < self.world_size:  # ranks share a group: the engine cuts it for us
+            query, key, value = self.get_query_key_value_tensors(normed)
+            return torch.cat([query, key, value], dim=2).unsqueeze(2)
+        mixed, _ = self.linear_qkv(normed)
+        heads = self.num_attention_heads_per_partition // self.num_query_groups_per_partition + 2
+        return mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, heads, -1)
+
+
+def torch_rotary_attention(mixed: Tensor, angles: Tensor) -> Tensor:
+    """Causal attention over mixed [s, b, groups, queries + 2, d] -> [s, b, heads * d], by torch on any device."""
+    rotated = _rotated(mixed[..., :-1, :], angles)
+    query, key, value = rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], mixed[..., -1, :]
+    key, value = (part.repeat_interleave(mixed.size(3) - 2, dim=2) for part in (key, value))
+    query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+    context = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _rotated(heads: Tensor, angles: Tensor) -> Tensor:
+    """Feature i turns with feature i + d / 2 by angles[..., i], in fp32; see `triton_rotary`."""
+    first, second = heads.float().chunk(2, -1)
+    angle = angles.float().unsqueeze(2)[..., :first.size(-1)]
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(heads.dtype)
+
+
+class _RotaryAttention(torch.autograd.Function):
+    """Rotates `mixed` in place: it is the projection's output, which nothing else reads."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, angles: Tensor, deterministic: bool) -> Tensor:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        from megatron.pretrain.model.fused.triton_rotary import rotate_
+
+        rotate_(mixed, angles)
+        query, key, value = _split(mixed)
+        context = torch.empty(*mixed.shape[:2], query.size(2), query.size(3), dtype=mixed.dtype,
+                              device=mixed.device)
+        _, statistics, *_ = _flash_attn_fwd(query, key, value, causal=True, return_lse=True,
+                                            out=context.transpose(0, 1))
+        ctx.save_for_backward(mixed, angles, context, statistics)
+        ctx.deterministic = deterministic
+        return context.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from megatron.pretrain.model.fused.triton_rotary import rotate_
+
+        mixed, angles, context, statistics = ctx.saved_tensors
+        d_context = gradient.contiguous().view(context.shape)
+        d_mixed = torch.empty_like(mixed)
+        # cuDNN refuses a sequence of one position, and does not promise the same bits every time.
+        if mixed.size(-1) > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
+            _cudnn_backward(mixed, context, d_context, statistics, d_mixed)
+        else:
+            _flash_backward(mixed, context, d_context, statistics, d_mixed, ctx.deterministic)
+        rotate_(d_mixed, angles, inverse=True)
+        return d_mixed, None, None
+
+
+def _split(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[s, b, groups, queries + 2, d] -> query [b, s, heads, d], key and value [b, s, groups, d].
+
+    Views, but for queries of several groups with several queries each, which no stride describes.
+    """
+    parts = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+    return tuple(part.transpose(0, 1) for part in parts)
+
+
+def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, d_mixed: Tensor,
+                    deterministic: bool) -> None:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    d_query, d_key, d_value = _split(d_mixed)
+    _flash_attn_bwd(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, causal=True,
+                    deterministic=deterministic, dq=d_query, dk=d_key, dv=d_value)
+    if d_query.untyped_storage().data_ptr() != d_mixed.untyped_storage().data_ptr():
+        _place_query(d_query, d_mixed)
+
+
+def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor,
+                    d_mixed: Tensor) -> None:
+    """cuDNN's backward pass from flash-attn-4's result: both keep the natural logarithm of the softmax's sum."""
+    heads_first = [part.transpose(1, 2) for part in _split(mixed)]
+    outer = [part.permute(1, 2, 0, 3) for part in (d_context, context)]
+    unused = torch.zeros((), dtype=torch.int64, device=mixed.device)  # of a dropout that there is not
+    length = mixed.size(0)
+    d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        outer[0], *heads_first, outer[1], statistics.unsqueeze(-1), unused, unused, None, None, None,
+        length, length, 0.0, True)
+    _place_query(d_query.transpose(1, 2), d_mixed)
+    d_mixed[..., -2, :] = d_key.permute(2, 0, 1, 3)
+    d_mixed[..., -1, :] = d_value.permute(2, 0, 1, 3)
+
+
+def _place_query(d_query: Tensor, d_mixed: Tensor) -> None:
+    place = d_mixed[..., :-2, :]
+    place.copy_(d_query.transpose(0, 1).reshape(place.shape))

@@ -1,0 +1,123 @@
+"""The products beside the SwiGLU activation, and the activation in their epilogue where quack is installed.
+
+`halves` is the result of the first product before the activation, in an order that belongs to the
+implementation: torch's is [gate | up], quack's alternates gate and up.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from megatron.pretrain.model.fused import products
+from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
+
+
+class Gate(Protocol):
+    """The five products of a gated MLP that know the order of `halves`, for weights up [2 f, h], down [h, f]."""
+
+    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
+        """inputs [tokens, h] -> (halves [tokens, 2 f], activated [tokens, f])."""
+
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
+        """gradient [tokens, h] of the output -> (gradient of halves, activated again)."""
+
+    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
+        """-> [tokens, h]."""
+
+    def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
+        """up's gradient, as `products.weight_gradient` returns it."""
+
+    def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
+        """out = added + inputs @ weight^T, for [tokens, features]."""
+
+
+def gate_for(kernels: Kernels) -> Gate:
+    """The products of these kernels."""
+    return QuackGate() if kernels.gate == "quack" else TorchGate()
+
+
+class TorchGate:
+    """Plain products with the activation between them."""
+
+    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
+        halves = inputs @ up.T
+        gate, linear = halves.chunk(2, -1)
+        return halves, functional.silu(gate) * linear
+
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
+        gate, linear = (half.float() for half in halves.chunk(2, -1))
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        d_activated = (gradient @ down).float()
+        d_gate = d_activated * linear * (sigmoid + silu * (1 - sigmoid))
+        d_halves = torch.cat([d_gate, d_activated * silu], -1).to(halves.dtype)
+        return d_halves, (silu * linear).to(halves.dtype)
+
+    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
+        return d_halves @ up
+
+    def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
+        return products.weight_gradient(up, d_halves, inputs)
+
+    def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
+        torch.addmm(added, inputs, weight.t(), out=out)
+
+
+class QuackGate:
+    """quack's products: the activation, its derivative and the residual are part of the product's epilogue.
+
+    The tile shapes are those that were fastest on an H200 at NEO's shapes (benchmarks/kernels.py); elsewhere
+    quack chooses.
+    """
+
+    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
+        from quack.gemm_interface import gemm_gated
+
+        return gemm_gated(inputs, up.detach().T, activation="swiglu", concat_layout=("B",), tuned=False,
+                          config=_tile(128, 192, True, (2, 1)))
+
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
+        from quack.gemm_interface import gemm_dgated
+
+        return gemm_dgated(gradient, down.detach(), halves, activation="swiglu", dynamic_scheduler=True,
+                           tuned=False, config=_tile(128, 192, True, (2, 1)))
+
+    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
+        out = d_halves.new_empty(d_halves.size(0), up.size(1))
+        _product(d_halves, up.detach(), out, concat_layout=("B",), config=_tile(128, 256, False, (1, 2)))
+        return out
+
+    def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
+        config = _tile(128, 256, False, (2, 1))
+        if not hasattr(up, "main_grad"):
+            out = torch.empty_like(up)
+            _product(d_halves.T, inputs, out, concat_layout=("out",), config=config)
+            return out
+        _product(d_halves.T, inputs, up.main_grad, concat_layout=("C", "out"), config=config, add_to_output=True)
+        return products.delivered(up)
+
+    def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
+        _product(inputs, weight.detach().T, out, C=added, config=_tile(128, 256, False, (2, 1)))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:
+    from quack.gemm_interface import gemm_tuned
+
+    # Below its autotuner, which would try dozens of tiles at the first step of every run.
+    gemm_tuned.fn(left, right, out, **options)
+
+
+@cache
+def _tile(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int]) -> Any:
+    """A tile of the product, its schedule and its cluster on Hopper; None, quack's choice, elsewhere."""
+    if torch.cuda.get_device_capability() != HOPPER:
+        return None
+    from quack.gemm_config import GemmConfig
+
+    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1],
+                      device_capacity=9, is_dynamic_persistent=False)

@@ -1,0 +1,19 @@
+"""One transformer layer of the `fused` spec: norm, attention, norm, MLP, each adding to the residual itself."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """The engine's layer: its construction, names and checkpoint form, with a shorter forward pass."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, context: None = None,
+                context_mask: None = None, rotary_pos_emb: Tensor | None = None,
+                **_: object) -> tuple[Tensor, None]:
+        """hidden_states [s, b, h] -> ([s, b, h], None); attention is causal, so there is no mask to read."""
+        normed, residual = self.input_layernorm.branch(hidden_states)
+        hidden = self.self_attention(normed, residual, rotary_pos_emb)
+        normed, residual = self.pre_mlp_layernorm.branch(hidden)
+        return self.mlp(normed, residual), None

@@ -1,0 +1,60 @@
+"""Matrix products of a linear layer, and the way of a weight's gradient into its fp32 accumulator.
+
+A weight is [out, in]; activations are [tokens, features]. Plain products go to cuBLAS, which is as fast as any
+kernel measured at these shapes (benchmarks/kernels.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] += left [m, k] @ right [k, n], summed in fp32 whatever the operands are."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def weight_gradient(weight: Parameter, output_gradient: Tensor, inputs: Tensor) -> Tensor:
+    """output_gradient [tokens, out]^T @ inputs [tokens, in], as `deliver` hands it to autograd."""
+    if not hasattr(weight, "main_grad"):
+        return output_gradient.T @ inputs
+    accumulate(weight.main_grad, output_gradient.T, inputs)
+    return delivered(weight)
+
+
+def deliver(weight: Parameter, gradient: Tensor) -> Tensor:
+    """Give a ready gradient of the weight's shape to autograd, through the fp32 accumulator where there is one."""
+    if not hasattr(weight, "main_grad"):
+        return gradient.to(weight.dtype)
+    weight.main_grad.add_(gradient)
+    return delivered(weight)
+
+
+def delivered(weight: Parameter) -> Tensor:
+    """What a backward function returns for a weight whose gradient is already in `main_grad`.
+
+    The engine reduces gradients from a hook on the weight, and a hook runs on autograd's own thread only if it
+    is given some tensor. Its numbers are not read, unless the weight has a second use on this rank (tied
+    embeddings: the engine then sets `zero_out_wgrad`), where they are added and must be zero.
+    """
+    weight.grad_added_to_main_grad = True
+    unread = _scratch(weight.dtype, weight.device, weight.numel()).view(weight.shape)
+    # A tensor of its own over the shared storage, or autograd would copy it.
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else unread.detach()
+
+
+_buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _scratch(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+    """At least `size` numbers that nobody reads: one buffer for all weights."""
+    if _buffers.get((dtype, device), torch.empty(0)).numel() < size:
+        _buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+    return _buffers[dtype, device][:size]

@@ -1,0 +1,69 @@
+"""Run by test_interpreted.py: compares one Triton kernel with its torch form, without a GPU.
+
+    python drive_triton.py adamw|rotary|loss
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import torch  # noqa: E402
+
+from megatron.pretrain.model.fused import triton_loss, triton_rotary  # noqa: E402
+from megatron.pretrain.model.fused.attention import _rotated  # noqa: E402
+from megatron.pretrain.model.fused.loss import _Torch  # noqa: E402
+from megatron.pretrain.optim.adamw import FusedAdamW  # noqa: E402
+
+
+def rotary() -> None:
+    for length, batch, groups, queries, width in ((1, 1, 1, 1, 8), (5, 2, 2, 3, 24), (3, 1, 4, 1, 64)):
+        mixed = torch.randn(length, batch, groups, queries + 2, width)
+        angles = torch.randn(length, 1, 1, width // 2).repeat(1, 1, 1, 2)
+        turned = mixed.clone()
+        triton_rotary.rotate_(turned, angles)
+        torch.testing.assert_close(turned[..., :-1, :], _rotated(mixed[..., :-1, :], angles))
+        assert torch.equal(turned[..., -1, :], mixed[..., -1, :]), "values stay"
+        triton_rotary.rotate_(turned, angles, inverse=True)
+        torch.testing.assert_close(turned, mixed)
+
+
+def loss() -> None:
+    for tokens, width, first in ((1, 16, 0), (7, 100, 0), (9, 100, 100), (3, 8200, 0)):
+        logits, labels = torch.randn(tokens, width) * 4, torch.randint(0, 2 * width, (tokens,))
+        ours, torchs = (part.statistics(logits, labels, first) for part in (triton_loss, _Torch))
+        torch.testing.assert_close(ours, torchs)
+        scale, log_total = torch.rand(tokens), ours[0] + ours[1].log()
+        written, expected = logits.clone(), logits.clone()
+        triton_loss.gradient_(written, labels, first, log_total, scale)
+        _Torch.gradient_(expected, labels, first, log_total, scale)
+        torch.testing.assert_close(written, expected)
+
+
+def adamw() -> None:
+    """Ten updates of two groups are torch's own, with the gradient's divisor as torch divides beforehand."""
+    for divisor in (1.0, 3.5):
+        starts = [torch.randn(5), torch.randn(3, 1400)]
+        ours, torchs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+        options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+        first, second = (kind([{"params": weights[:1], "weight_decay": 0.0},
+                               {"params": weights[1:], "weight_decay": 0.1}], **options)
+                         for kind, weights in ((FusedAdamW, ours), (torch.optim.AdamW, torchs)))
+        first.gradient_divisor = divisor
+        for _ in range(10):
+            for mine, theirs in zip(ours, torchs, strict=True):
+                mine.grad = torch.randn_like(mine)
+                theirs.grad = mine.grad / divisor
+            first.step()
+            second.step()
+        for mine, theirs in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            for name, value in second.state[theirs].items():
+                torch.testing.assert_close(first.state[mine][name], value, rtol=1e-5, atol=1e-7)
+
+
+torch.manual_seed(0)
+{"adamw": adamw, "rotary": rotary, "loss": loss}[sys.argv[1]]()
+print(f"{sys.argv[1]}: equal")

@@ -1,0 +1,170 @@
+"""On a GPU: each fused kernel, values and gradients, against float64 (`pytest -m gpu`).
+
+The bound is what a bf16 product with fp32 accumulation leaves: each operand and result is rounded to 8 bits
+(2^-9 relative, about 0.2 %), and a handful of such roundings meet in a result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.pretrain.model.fused.attention import _RotaryAttention, torch_rotary_attention
+from megatron.pretrain.model.fused.gate import QuackGate, TorchGate
+from megatron.pretrain.model.fused.kernels import kernels_for, missing_packages
+from megatron.pretrain.model.fused.norm import _RMSNorm
+from megatron.pretrain.optim.adamw import FusedAdamW
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+              pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {missing_packages()}")]
+
+BF16 = torch.bfloat16
+BOUND = 6e-3
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(BF16)
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    weight = torch.nn.Parameter(random(*shape, scale=shape[-1] ** -0.5))
+    weight.main_grad = torch.randn(*shape, device="cuda")
+    weight.grad_added_to_main_grad = False
+    return weight
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative to the exact tensor's norm; NaN where the result holds one, which no bound admits."""
+    return float((result.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> None:
+    """Freed memory full of NaN, which the next tensors are allocated from: an element not written shows."""
+    torch.manual_seed(1)
+    for size in (1 << 28, 1 << 24, 1 << 20, 1 << 16):
+        torch.full((size,), float("nan"), dtype=BF16, device="cuda")
+
+
+@pytest.mark.parametrize("tokens, hidden", [(1, 256), (130, 2048), (1024, 3072)])
+def test_norm(tokens: int, hidden: int) -> None:
+    x, upstream, residual = random(tokens, hidden), random(tokens, hidden), random(tokens, hidden)
+    weight = torch.nn.Parameter((torch.rand(hidden, device="cuda") + 0.5).to(BF16))
+    x.requires_grad_()
+    normed, passed = _RMSNorm.apply(x, weight, 1e-5, "quack")
+    d_x, d_weight = torch.autograd.grad([normed, passed], [x, weight], [upstream, residual])
+
+    exact_x, exact_weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    exact = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + 1e-5) * exact_weight
+    exact_d_x, exact_d_weight = torch.autograd.grad(
+        [exact, exact_x.clone()], [exact_x, exact_weight], [upstream.double(), residual.double()])
+    assert torch.equal(passed, x)
+    assert error(normed, exact) < BOUND
+    assert error(d_x, exact_d_x) < BOUND
+    assert error(d_weight, exact_d_weight) < BOUND
+
+
+@pytest.mark.parametrize("tokens, hidden, inner", [(64, 128, 256), (264, 512, 1536), (1024, 3072, 8192)])
+def test_gate(tokens: int, hidden: int, inner: int) -> None:
+    up, down, x, upstream, added = (parameter(2 * inner, hidden), parameter(hidden, inner), random(tokens, hidden),
+                                    random(tokens, hidden), random(tokens, hidden))
+    before = up.main_grad.clone()
+    gate = QuackGate()
+    halves, activated = gate.forward(x, up)
+    d_halves, again = gate.backward(upstream, down, halves)
+    d_x = gate.input_gradient(d_halves, up)
+    for _ in range(2):
+        gate.weight_gradient(up, d_halves, x)
+    out = torch.empty_like(added)
+    gate.add_product(activated, down, added, out)
+
+    exact_up, exact_down, exact_x = (value.detach().double().requires_grad_() for value in (up, down, x))
+    part, linear = (exact_x @ exact_up.T).chunk(2, -1)
+    exact_activated = torch.nn.functional.silu(part) * linear
+    exact_out = exact_activated @ exact_down.T
+    exact_d_x, exact_d_up = torch.autograd.grad(exact_out, [exact_x, exact_up], upstream.double())
+    assert error(activated, exact_activated) < BOUND
+    assert error(again, exact_activated) < BOUND
+    assert error(out, exact_out + added) < BOUND
+    assert error(d_x, exact_d_x) < BOUND
+    assert error(up.main_grad - before, 2 * exact_d_up) < BOUND
+    assert up.grad_added_to_main_grad
+
+
+def test_gate_orders_its_halves_as_torch_does() -> None:
+    """Weights trained by one implementation mean the same to the other."""
+    up, x = parameter(512, 128), random(64, 128)
+    assert error(QuackGate().forward(x, up)[1], TorchGate().forward(x, up)[1]) < BOUND
+
+
+HEADS = {"multi-head 192": (4, 1, 192), "multi-query 256": (1, 8, 256), "grouped 128": (2, 4, 128),
+         "multi-head 64": (4, 1, 64)}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("length, batch", [(1, 1), (257, 2), (2048, 1)])
+@pytest.mark.parametrize("groups, queries, width", HEADS.values(), ids=HEADS.keys())
+def test_attention(groups: int, queries: int, width: int, length: int, batch: int, deterministic: bool) -> None:
+    mixed = random(length, batch, groups, queries + 2, width)
+    upstream = random(length, batch, groups * queries * width)
+    frequencies = 10000 ** (-torch.arange(0, width, 2, device="cuda") / width)
+    angles = torch.outer(torch.arange(length, device="cuda"), frequencies).repeat(1, 2)[:, None, None]
+    exact_mixed = mixed.double().requires_grad_()
+    exact = torch_rotary_attention(exact_mixed, angles.double())
+    (exact_gradient,) = torch.autograd.grad(exact, exact_mixed, upstream.double())
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = mixed.clone().requires_grad_()
+        context = _RotaryAttention.apply(leaf.clone(), angles.float(), deterministic)
+        return context.detach(), torch.autograd.grad(context, leaf, upstream)[0]
+
+    context, gradient = run()
+    assert error(context, exact) < BOUND
+    for name, part in {"query": slice(0, -2), "key": slice(-2, -1), "value": slice(-1, None)}.items():
+        # One position attends to itself alone: there is nothing to learn for its query and key.
+        if length > 1 or name == "value":
+            assert error(gradient[..., part, :], exact_gradient[..., part, :]) < 2 * BOUND, name
+    if deterministic:
+        assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("tokens, width, first", [(1, 16, 0), (33, 1000, 0), (513, 32128, 32128)])
+def test_loss(tokens: int, width: int, first: int) -> None:
+    from megatron.pretrain.model.fused import triton_loss
+
+    logits, labels = random(tokens, width, scale=4.0), torch.randint(0, 2 * width, (tokens,), device="cuda")
+    scale = torch.rand(tokens, device="cuda")
+    maximum, total, target = triton_loss.statistics(logits, labels, first)
+    exact = logits.double()
+    mine = (labels >= first) & (labels < first + width)
+    column = torch.where(mine, labels - first, 0)
+    assert error(maximum + total.log(), exact.logsumexp(-1)) < 1e-6
+    assert error(target, exact.gather(1, column[:, None])[:, 0] * mine) < 1e-6 or not mine.any()
+    gradient = exact.softmax(-1) - torch.nn.functional.one_hot(column, width) * mine[:, None]
+    written = logits.clone()
+    triton_loss.gradient_(written, labels, first, maximum + total.log(), scale)
+    assert error(written, gradient * scale[:, None]) < BOUND
+
+
+def test_adamw() -> None:
+    """The same ten updates in float64 on the CPU."""
+    ours = [torch.nn.Parameter(torch.randn(*shape, device="cuda")) for shape in ((3,), (1000, 33), (4096, 4096))]
+    exact = [torch.nn.Parameter(weight.detach().double().cpu()) for weight in ours]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    first, second = FusedAdamW(ours, **options), torch.optim.AdamW(exact, **options)
+    first.gradient_divisor = 2.0
+    for _ in range(10):
+        for mine, theirs in zip(ours, exact, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.double().cpu() / 2
+        first.step()
+        second.step()
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert error(mine.cpu(), theirs) < 1e-6
+        assert error(first.state[mine]["exp_avg_sq"].cpu(), second.state[theirs]["exp_avg_sq"]) < 1e-6
+
+
+def test_every_kernel_is_chosen_here() -> None:
+    assert "torch" not in str(kernels_for(torch.device("cuda"), BF16)).split()
+    assert set(str(kernels_for(torch.device("cuda"), torch.float32)).replace(",", "").split()[1::2]) == {"torch"}
