@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -109,7 +110,7 @@ class Arm:
         return accumulate(self.chunks, [self.batch])
 
     def whole_step(self) -> Any:
-        """What the trainer does with a global batch of one micro-batch a rank; returns the totals of its loss."""
+        """What the trainer does with a global batch of one micro-batch a rank; the totals of its loss."""
         from megatron.pretrain.train.step import forward_backward
 
         self.optimizer.zero_grad()
@@ -118,7 +119,7 @@ class Arm:
         return total
 
     def update(self) -> None:
-        """Norm, clipping and Adam with the gradients there are. Raises ArithmeticError where nothing changed."""
+        """Norm, clipping and Adam with the gradients there are. ArithmeticError where nothing changed."""
         from megatron.pretrain.optim.optimizer import step
 
         outcome = step(self.optimizer, self.config.optim.clip_grad)
@@ -128,6 +129,8 @@ class Arm:
 
 def start(spec: dict[str, Any], record: Record, stack: contextlib.ExitStack) -> Arm:
     """Import, build and run the first step, and note when each was done."""
+    if spec["impl"] == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise LeftOut("not installed: transformer-engine")
     import torch
 
     from megatron.pretrain.errors import UserError
@@ -138,6 +141,7 @@ def start(spec: dict[str, Any], record: Record, stack: contextlib.ExitStack) -> 
     try:
         config = run_config(spec)
         place = stack.enter_context(placed(config))
+        _check_kernels(spec, place.device.type)
         with engine_fp8(spec):
             arm = build(spec, config, place)
     except UserError as mistake:
@@ -153,8 +157,16 @@ def start(spec: dict[str, Any], record: Record, stack: contextlib.ExitStack) -> 
     return arm
 
 
+def _check_kernels(spec: dict[str, Any], device_type: str) -> None:
+    """Fused layers run without their packages too, by torch: such figures would be taken for theirs."""
+    from megatron.pretrain.model.fused.kernels import missing_packages
+
+    if spec["impl"] == "fused" and device_type == "cuda" and missing_packages():
+        raise LeftOut(f"not installed: {', '.join(missing_packages())}")
+
+
 def run_config(spec: dict[str, Any]) -> Any:
-    """The `RunConfig` of an arm. Raises LeftOut for what this tree cannot do, UserError for what cannot run."""
+    """The `RunConfig` of an arm. LeftOut for what this tree cannot do, UserError for what cannot run."""
     from megatron.pretrain.checks import settle
     from megatron.pretrain.config import SECTIONS, ModelConfig, from_dict
 
@@ -174,7 +186,8 @@ def run_config(spec: dict[str, Any]) -> Any:
     sections["tokenizer"] = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size}
     sections["data"] = {"seq_length": shape.seq_length}
     sections["optim"] = {"lr": 2e-4, "weight_decay": 0.1}
-    sections["train"] = {"micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True}
+    sections["train"] = {
+        "micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True}
     _set_fp8(spec, sections, SECTIONS)
     return settle(from_dict(sections), tp * dp)
 
@@ -251,8 +264,7 @@ def measure(arm: Arm, spec: dict[str, Any], record: Record) -> None:
             return {"fb_ms": timed(arm, arm.accumulate, steps)}
 
     def profiled() -> dict[str, Any]:
-        with_updates = profile(arm.whole_step, arm.synchronize, on_gpu=arm.on_gpu)
-        return {"profile": with_updates}
+        return {"profile": profile(arm.whole_step, arm.synchronize, on_gpu=arm.on_gpu)}
 
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "warm-up": warm_up,
@@ -275,7 +287,7 @@ def measure(arm: Arm, spec: dict[str, Any], record: Record) -> None:
 
 @contextlib.contextmanager
 def only_accumulating(chunks: list[Any]) -> Iterator[None]:
-    """Every micro-batch within is as one that others follow: its gradients are neither reduced nor finished."""
+    """A micro-batch within is as one that others follow: its gradients are neither reduced nor finished."""
     from megatron.core.utils import get_model_config
 
     engine = get_model_config(chunks[0])

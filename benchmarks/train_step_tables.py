@@ -19,7 +19,8 @@ def show(results: dict[str, Any]) -> str:
     parts += [f"{label}: left out: {reason}" for label, reason in results["left_out"].items()]
     parts += [f"FAILED {run['arm']} {run['precision']}, round {run['round'] + 1}, {part}: {failure['reason']}"
               for run in runs for part, failure in run["failed"].items()]
-    parts += [as_markdown(f"{run['arm']} {run['precision']}", run["profile"]) for run in runs if "profile" in run]
+    parts += [as_markdown(f"{run['arm']} {run['precision']}", run["profile"])
+              for run in runs if "profile" in run]
     return "\n\n".join(parts)
 
 

@@ -72,7 +72,8 @@ def _precision(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.bf16 else torch.float32
 
 
-def transformer_config(config: RunConfig, device: torch.device, implementation: str = "local") -> TransformerConfig:
+def transformer_config(config: RunConfig, device: torch.device,
+                       implementation: str = "local") -> TransformerConfig:
     """megatron-core's description of this model, layout and precision, for layers of `implementation`."""
     with_te = implementation == "transformer_engine"
     model, layout, train = config.model, config.layout, config.train
