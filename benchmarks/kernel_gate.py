@@ -105,7 +105,8 @@ def fc1_weight_gradient(setting: Setting) -> Part:
     left_out: list[str] = []
     quack = {"project: quack": lambda: (QuackGate().weight_gradient(up, mixed, x), up.main_grad)[1],
              **{f"quack {tile}": partial(quack_product, mixed.T, x, up.main_grad, tile=tile,
-                                         add_to_output=True, concat_layout=("C", "out")) for tile in tiles(setting)}}
+                                         add_to_output=True, concat_layout=("C", "out"))
+                for tile in tiles(setting)}}
     return Part("fc1 weight gradient", setting.shape.num_layers, flops(d_halves.T, x),
                 moved(d_halves, x, up.main_grad, up.main_grad),
                 reference=lambda: d_halves[:, :CHECKED_ROWS].double().T @ x.double(), picked=first_rows,

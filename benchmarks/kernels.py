@@ -153,7 +153,7 @@ def measure_ceilings(timer: Timer, *, small: bool) -> Ceilings:
 
 
 def measure_part(name: str, make: Callable[[], Part], timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
-    """Check and time every candidate of a part, and print its rows. What fails here does not stop the rest."""
+    """Check and time every candidate of a part, and print its rows. What fails does not stop the rest."""
     found: dict[str, Any] = {"part": name, "failed": {}, "candidates": {}, "left_out": []}
     try:
         part = make()
@@ -180,7 +180,7 @@ def measure_part(name: str, make: Callable[[], Part], timer: Timer, ceilings: Ce
 
 
 def _checked(part: Part, call: Callable[[], Any], reference: Tensor, timer: Timer) -> dict[str, float]:
-    """The first call's seconds, compiling included, and its relative error. ArithmeticError if it is wrong."""
+    """The first call's seconds, compiling included, and the relative error. ArithmeticError if wrong."""
     part.fresh()
     timer.synchronize()
     begin = time.perf_counter()

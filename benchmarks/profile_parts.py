@@ -13,7 +13,7 @@ from typing import Any
 PARTS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|gloo"),
     ("attention", r"flash_?att|flash_(fwd|bwd)|sdpa|fmha|fprop|bprop|attention"),
-    ("loss", r"cross_?entropy|online_softmax|element_mul_kernel|nll_loss|soft_?max(for|back)ward|log_softmax"),
+    ("loss", r"cross_?entropy|online_softmax|element_mul|nll_loss|soft_?max(for|back)ward|log_softmax"),
     ("optimizer", r"adam|multi_?tensor|l2_?norm|foreach|lpnorm"),
     ("norm", r"rms_?norm|layer_?norm|rmsreduce|::normalization::"),
     ("rope", r"(^|[^a-z]|fused)rope|rotary"),
@@ -109,7 +109,8 @@ def _operators(events: Iterable[Any]) -> list[Span]:
 
 
 def _is_label(event: Any) -> bool:
-    return event.is_user_annotation or event.name.startswith(("ProfilerStep", "Optimizer.", "nccl:"))
+    labels = ("ProfilerStep", "Optimizer.", "nccl:")
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(labels)
 
 
 def as_markdown(title: str, summary: dict[str, Any]) -> str:

@@ -67,8 +67,8 @@ def test_mistakes_are_sentences(run_tool, flags: list[str], sentence: str):
 
 def test_every_part_has_a_right_kernel_on_the_cpu(run_tool, tmp_path: Path):
     raw = tmp_path / "raw.json"
-    said = run_tool("benchmarks/kernels.py", "--model", "tiny", "--device", "cpu", "--seconds", "0.002", "--json",
-                    raw, env={"OMP_NUM_THREADS": "1"})
+    said = run_tool("benchmarks/kernels.py", "--model", "tiny", "--device", "cpu", "--seconds", "0.002",
+                    "--json", raw, env={"OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stdout + said.stderr
     parts = json.loads(raw.read_text())["parts"]
     assert len(parts) == 23
@@ -80,7 +80,7 @@ def test_every_part_has_a_right_kernel_on_the_cpu(run_tool, tmp_path: Path):
 
 @pytest.mark.parametrize(("kernel", "part"), [
     ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTN", "products"),
-    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel",
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_execute_segment_k_off_kernel",
      "products"),
     ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm90<GemmUniversal>>", "products"),
     ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>", "products"),
@@ -89,7 +89,7 @@ def test_every_part_has_a_right_kernel_on_the_cpu(run_tool, tmp_path: Path):
     ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at__0", "attention"),
     ("kernel_cutlass_kernel_flash_attncuteflash_bwd_preprocessFlashAttentionBackwardPreprocess_object_0",
      "attention"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_8_64x64x192_1x1x1_cga1x1x1", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_8_64x64x192", "attention"),
     ("kernel_cutlass_kernel_quackrmsnormRMSNorm_object_at__tensorptrbf16gmem_align16_0", "norm"),
     ("kernel_cutlass_kernel_quackrmsnormRMSNormBackward_object_at__tensorptrbf16gmem_0", "norm"),
     ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<...>", "norm"),
@@ -107,14 +107,14 @@ def test_every_part_has_a_right_kernel_on_the_cpu(run_tool, tmp_path: Path):
     ("adam_update", "optimizer"),
     ("void transformer_engine::multi_tensor_apply_kernel<TensorListMetadata<4>, AdamFunctorMaster<...>>",
      "optimizer"),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<..., LpNormFunctor<float>>", "optimizer"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor>", "optimizer"),
     ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
     ("Memcpy DtoD (Device -> Device)", "copies"),
     ("Memset (Device)", "copies"),
-    ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>",
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
      "copies"),
     ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>", "copies"),
-    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", "other"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "other"),
 ])
 def test_kernels_are_told_apart_by_their_names(profile_parts: ModuleType, kernel: str, part: str):
     assert profile_parts.part_of(kernel) == part
@@ -127,4 +127,5 @@ def test_idle_time_is_what_no_kernel_covers(profile_parts: ModuleType):
     assert summary["busy_ms"] == pytest.approx(3) and summary["idle_ms"] == pytest.approx(2)
     assert summary["parts_ms"] == pytest.approx({"communication": 1.5, "optimizer": 1, "products": 1.1})
     assert summary["longest"][0]["name"] == "ncclDevKernel"
-    assert summary["longest"][1] == {"name": "nvjet_a", "part": "products", "ms": pytest.approx(1.1), "calls": 2}
+    assert summary["longest"][1] == {
+        "name": "nvjet_a", "part": "products", "ms": pytest.approx(1.1), "calls": 2}
