@@ -104,6 +104,10 @@ def test_what_can_run_is_left_as_it_is(world_size, flags):
      "--overlap-param-gather needs --overlap-grad-reduce"),
     (1, "--recompute-granularity full", "--recompute-method and --recompute-num-layers go with "
      "--recompute-granularity full, and it needs both"),
+    (1, "--recompute-modules mlp", "--recompute-modules goes with --recompute-granularity selective"),
+    (1, "--recompute-granularity selective --recompute-modules mlp moe",
+     "--recompute-modules moe: must be core_attn or mlp"),
+    (1, "--transformer-impl fused --hidden-dropout 0.1", "--transformer-impl fused has no dropout"),
     (1, "--recompute-method uniform", "--recompute-method and --recompute-num-layers go with"),
     (1, "--recompute-granularity selective --recompute-num-layers 1",
      "--recompute-method and --recompute-num-layers go with"),

@@ -161,6 +161,10 @@ def _check_recompute(config: RunConfig) -> None:
     _require(not (full and train.recompute_activations),
              "--recompute-activations means --recompute-granularity selective, and full is given: leave one "
              "out")
+    unknown = set(train.recompute_modules) - {"core_attn", "mlp"}
+    _require(not unknown, f"--recompute-modules {' '.join(sorted(unknown))}: must be core_attn or mlp")
+    _require(train.recompute_modules == ("core_attn",) or train.recompute_granularity == "selective",
+             "--recompute-modules goes with --recompute-granularity selective")
     held = layout.num_layers_per_virtual_pipeline_stage or (
         config.model.num_layers // layout.pipeline_model_parallel_size)
     # The engine walks on in steps of a unit, past the last layer where they do not fit.

@@ -165,6 +165,9 @@ class TrainConfig:
     recompute_method: str | None = setting(
         None, "With full: uniform or block.", choices=("uniform", "block"))
     recompute_num_layers: int | None = setting(None, "With full: layers a recomputed unit.")
+    recompute_modules: tuple[str, ...] = setting(
+        ("core_attn",), "With selective: core_attn (the scores, which fused kernels never keep) and mlp (what it "
+        "holds before its activation, the largest of all; fused and transformer_engine).")
     recompute_activations: bool = setting(False, "Short for --recompute-granularity selective.")
     eval_iters: int = setting(0, "Global batches of each evaluation on the validation split.")
     eval_interval: int = setting(1000, "Iterations between evaluations.")

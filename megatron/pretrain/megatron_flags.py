@@ -97,7 +97,7 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     pipeline-model-parallel-comm-backend pipeline-model-parallel-layout pipeline-model-parallel-split-rank
     precision-aware-optimizer pretrained-checkpoint profile profile-ranks profile-step-end
     profile-step-start q-lora-rank qk-clip qk-head-dim qk-l2-norm qk-layernorm qk-pos-emb-head-dim
-    query-in-block-prob rampup-batch-size recompute-modules record-memory-history
+    query-in-block-prob rampup-batch-size record-memory-history
     relative-attention-max-distance relative-attention-num-buckets replication replication-factor
     replication-jump rerun-mode reset-attention-mask reset-position-ids result-rejected-tracker-filename
     retriever-report-topk-accuracies retriever-score-scaling retriever-seq-length rope-scaling-factor

@@ -103,7 +103,7 @@ def transformer_config(config: RunConfig, device: torch.device,
         overlap_p2p_comm=chunk is not None, batch_p2p_comm=chunk is None,
         deterministic_mode=train.deterministic_mode, calculate_per_token_loss=train.calculate_per_token_loss,
         recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
-        recompute_num_layers=train.recompute_num_layers)
+        recompute_num_layers=train.recompute_num_layers, recompute_modules=list(train.recompute_modules))
 
 
 def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, padded_vocab_size: int,
