@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -159,7 +160,7 @@ def _take(run: dict[str, Any], label: str, number: int, results: dict[str, Any])
     results["runs"].append(run)
     for part, failure in run["failed"].items():
         print(f"FAILED {label}, round {number + 1}, {part}: {failure['reason']}", flush=True)
-    medians = [f"{part} {sorted(run[f'{part}_ms'])[len(run[f'{part}_ms']) // 2]:.1f} ms"
+    medians = [f"{part} {statistics.median(run[f'{part}_ms']):.1f} ms"
                for part in ("fb", "step", "optimizer") if f"{part}_ms" in run]
     if medians:
         print(f"{label}, round {number + 1}: {', '.join(medians)}, loss {run.get('loss', float('nan')):.3f}, "
