@@ -110,21 +110,16 @@ class Arm:
         """
         from megatron.pretrain.train.step import accumulate
 
-        for state in fp8_states(self.chunks):
-            state.begin_step()
         return accumulate(self.chunks, [self.batch])
 
     def whole_step(self) -> Any:
         """What the trainer does with a global batch of one micro-batch a rank; the totals of its loss."""
-        from megatron.pretrain.train.step import forward_backward
+        from megatron.pretrain.train.step import end_step, forward_backward
 
         self.optimizer.zero_grad()
         total = forward_backward(self.chunks, [self.batch])
         self.update()
-        if fp8_states(self.chunks):
-            from megatron.pretrain.train.step import end_step
-
-            end_step(self.chunks)
+        end_step(self.chunks)
         return total
 
     def update(self) -> None:
@@ -210,15 +205,6 @@ def _set_fp8(spec: dict[str, Any], sections: dict[str, dict[str, Any]], kinds: d
     if spec["impl"] == "local" or not home:
         raise LeftOut(f"--transformer-impl {spec['impl']} has no fp8")
     sections[home[0]] |= {"fp8_format": "hybrid", "fp8_recipe": spec["recipe"]}
-
-
-def fp8_states(chunks: list[Any]) -> list[Any]:
-    """What the project's own fp8 layers keep from step to step."""
-    if importlib.util.find_spec("megatron.pretrain.model.fused.fp8_model") is None:
-        return []
-    from megatron.pretrain.model.fused import fp8_model
-
-    return fp8_model.fp8_states(chunks)
 
 
 @contextlib.contextmanager

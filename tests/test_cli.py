@@ -90,6 +90,13 @@ def test_recompute_activations_is_short_for_selective():
     assert config_of("--recompute-activations").train.recompute_granularity == "selective"
 
 
+def test_fp8_is_short_for_its_format():
+    train = config_of("--fp8").train
+    assert (train.fp8_format, train.fp8_recipe) == ("hybrid", "delayed")
+    assert config_of("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise").train.fp8_recipe == "tensorwise"
+    assert config_of().train.fp8_format is None
+
+
 def test_dry_run_is_no_setting():
     argv = [word for pair in REQUIRED_FLAGS.items() for word in pair]
     assert parse([*argv, "--dry-run"]).dry_run

@@ -26,7 +26,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], dict[str, tuple[str, ...]]], .
     ("0 or more", lambda value: value >= 0, {
         "data": ("num_workers",),
         "optim": ("min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
-        "train": ("eval_iters",)}),
+        "train": ("eval_iters", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")}),
     ("above 0", lambda value: value > 0, {
         "model": ("norm_epsilon", "rotary_base", "init_method_std"),
         "optim": ("lr", "adam_eps"),
@@ -66,6 +66,7 @@ def settle(config: RunConfig, world_size: int) -> RunConfig:
     _check_overlap(config)
     _check_recompute(config)
     _check_fused(config)
+    _check_fp8(config)
     _check_schedule(config)
     _check_checkpoint(config)
     return config
@@ -177,6 +178,31 @@ def _check_fused(config: RunConfig) -> None:
     _require(model.transformer_impl != "fused" or model.attention_dropout == model.hidden_dropout == 0,
              "--transformer-impl fused has no dropout: leave out --attention-dropout and --hidden-dropout, or "
              "use --transformer-impl local")
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model, layout, train = config.model, config.layout, config.train
+    if train.fp8_format is None:
+        _require(not train.first_last_layers_bf16, "--first-last-layers-bf16 needs --fp8-format hybrid (--fp8)")
+        return
+    _require(train.bf16, f"--fp8-format {train.fp8_format} needs --bf16")
+    _require(model.transformer_impl in ("auto", "fused"),
+             f"--fp8-format {train.fp8_format}: --transformer-impl {model.transformer_impl} has no fp8 here; use "
+             "fused or auto")
+    _require(model.attention_dropout == model.hidden_dropout == 0,
+             f"--fp8-format {train.fp8_format}: the fused layers have no dropout; leave out --attention-dropout and "
+             "--hidden-dropout")
+    tp, heads = layout.tensor_model_parallel_size, model.num_attention_heads
+    sizes = {
+        "--hidden-size": model.hidden_size,
+        "--ffn-hidden-size / --tensor-model-parallel-size": model.ffn_hidden_size // tp,
+        "heads x --kv-channels / --tensor-model-parallel-size": heads * model.head_dim // tp,
+        "(heads + 2 x groups) x --kv-channels / --tensor-model-parallel-size":
+            (heads + 2 * model.kv_heads) * model.head_dim // tp,
+        "--micro-batch-size x --seq-length": train.micro_batch_size * config.data.seq_length}
+    for name, size in sizes.items():
+        _require(size % 16 == 0,
+                 f"--fp8-format {train.fp8_format}: {name} is {size}, and fp8 products take multiples of 16")
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -84,6 +84,8 @@ def _resolve(config: RunConfig) -> RunConfig:
         model = dataclasses.replace(model, max_position_embeddings=config.data.seq_length)
     if train.recompute_activations and train.recompute_granularity is None:
         train = dataclasses.replace(train, recompute_granularity="selective")
+    if train.fp8:
+        train = dataclasses.replace(train, fp8_format="hybrid")
     return dataclasses.replace(config, model=model, train=train)
 
 

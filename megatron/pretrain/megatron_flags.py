@@ -67,7 +67,8 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     encoder-num-layers encoder-pipeline-model-parallel-size encoder-seq-length
     encoder-tensor-model-parallel-size end-weight-decay error-injection-rate error-injection-type
     exit-on-missing-checkpoint exit-signal exit-signal-handler exp-avg-dtype exp-avg-sq-dtype
-    expert-tensor-parallel-size external-cuda-graph finetune-lr first-last-layers-bf16 flash-decode fp16
+    expert-tensor-parallel-size external-cuda-graph finetune-lr flash-decode fp16
+    fp8-amax-compute-algo fp8-amax-history-len fp8-interval fp8-margin fp8-param-gather fp8-quantizer-factory
     fp16-lm-cross-entropy fp32-residual-connection fraction full-validation fused-single-qkv-rope
     grad-reduce-in-bf16 gradient-accumulation-fusion hierarchical-context-parallel-sizes
     high-priority-stream-groups hysteresis img-h img-w init-method-xavier-uniform
@@ -89,8 +90,8 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     no-mmap-bin-files no-overlap-p2p-communication no-pin-cpu-grads no-pin-cpu-params
     no-query-key-layer-scaling no-save-optim no-save-rng non-persistent-ckpt-type
     non-persistent-global-ckpt-dir non-persistent-local-ckpt-dir non-persistent-save-interval num-channels
-    num-dataset-builder-threads num-distributed-optimizer-instances num-experts num-layers-at-end-in-bf16
-    num-layers-at-start-in-bf16 num-virtual-stages-per-pipeline-rank object-storage-cache-path openai-gelu
+    num-dataset-builder-threads num-distributed-optimizer-instances num-experts
+    num-virtual-stages-per-pipeline-rank object-storage-cache-path openai-gelu
     optimizer-cpu-offload optimizer-offload-fraction outer-dp-sharding-strategy output-bert-embeddings
     overlap-moe-expert-parallel-comm overlap-p2p-communication-warmup-flush
     overlap-param-gather-with-optimizer-step patch-dim per-split-data-args-path perform-rl-step
@@ -121,7 +122,7 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     """.split())
 
 UNSUPPORTED_FAMILIES = tuple(f"--{name}-" for name in """
-    dino fp4 fp8 hybrid ict inference kitchen mamba moe one-logger retro rl swin vision
+    dino fp4 hybrid ict inference kitchen mamba moe one-logger retro rl swin vision
     """.split())
 
 

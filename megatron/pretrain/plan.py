@@ -31,5 +31,6 @@ def plan_lines(config: RunConfig, world_size: int) -> list[str]:
         f"{flops * tokens_a_step / 1e12:,.1f} TFLOP",
         f"length     {train.train_iters:,} iterations, {train.train_iters * tokens_a_step:,} tokens"
         + (f"; leaves at multiples of {train.exit_interval:,}" if train.exit_interval else ""),
-        f"precision  {'bf16, fp32 master weights and gradients' if train.bf16 else 'fp32'}",
+        f"precision  {'bf16, fp32 master weights and gradients' if train.bf16 else 'fp32'}"
+        + (f"; products in fp8 ({train.fp8_format}, {train.fp8_recipe})" if train.fp8_format else ""),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import queue
 import random
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -30,7 +31,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.pretrain.checkpoint.manifest import (
     TRACKER_NAME, Manifest, file_ends, file_sizes, iteration_name)
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.model.fused.fp8_model import fp8_states
 from megatron.pretrain.optim.sharded import SHARDING, load_tensors, sharded_tensors
+
+logger = logging.getLogger(__name__)
 
 _BOOKKEEPING = "_extra_state"
 
@@ -52,6 +56,7 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
         content = _model_content(chunks)
         content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=False)
         content["rng"] = _sharded_rng()
+        content["fp8"] = _sharded_fp8(chunks)
         dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
     if dist.get_rank() == 0:
         dataclasses.replace(
@@ -79,8 +84,10 @@ def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimiz
     content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=True)
     if with_rng:
         content["rng"] = _sharded_rng()
+    content["fp8"] = _saved_fp8(folder, chunks)
     loaded = _load(folder, content)
     _load_model(folder, chunks, loaded)
+    _load_fp8(chunks, loaded.get("fp8", {}))  # an empty entry does not come back
     load_tensors(optimizer, loaded["optimizer"], updates)
     if with_rng:
         _set_rng(loaded["rng"])
@@ -156,6 +163,34 @@ def _load_model(folder: Path, chunks: list[DistributedDataParallel], loaded: dic
         wrong = [name for name in (*missing, *unexpected) if not name.endswith(_BOOKKEEPING)]
         if wrong:
             raise UserError(f"{folder}: tensors missing or unknown: {', '.join(wrong[:5])}")
+
+
+def _sharded_fp8(chunks: list[DistributedDataParallel]) -> dict[str, ShardedTensor]:
+    """The history of the layers' largest values, from which --fp8-recipe delayed takes its scales.
+
+    All ranks that hold a layer have the same; a layer is saved by its number, for any layout to load.
+    """
+    replica = (0, parallel_state.get_tensor_model_parallel_rank(),
+               parallel_state.get_data_parallel_rank(with_context_parallel=True))
+    names = {f"fp8.history.{layer}": part for state in fp8_states(chunks)
+             for layer, part in state.layer_histories().items()}
+    return {name: ShardedTensor.from_rank_offsets(name, part, replica_id=replica) for name, part in names.items()}
+
+
+def _saved_fp8(folder: Path, chunks: list[DistributedDataParallel]) -> dict[str, ShardedTensor]:
+    """The histories of all layers of this rank that are in fp8, or none if the checkpoint lacks any."""
+    wanted = _sharded_fp8(chunks)
+    if wanted and not wanted.keys() <= dist_checkpointing.load_tensors_metadata(str(folder)).keys():
+        logger.info("the checkpoint has no history for --fp8-recipe delayed: it begins with this run")
+        return {}
+    return wanted
+
+
+def _load_fp8(chunks: list[DistributedDataParallel], loaded: dict[str, torch.Tensor]) -> None:
+    for state in fp8_states(chunks) if loaded else ():
+        for layer, part in state.layer_histories().items():
+            part.copy_(loaded[f"fp8.history.{layer}"])
+        state.resume()
 
 
 def _sharded_rng() -> ShardedObject:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -15,12 +15,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules, get_num_layers_to_build)
+from megatron.core.utils import unwrap_model
 
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
-from megatron.pretrain.model.fused.kernels import kernels_for, missing_packages
+from megatron.pretrain.model.fused.fp8_model import Fp8State
+from megatron.pretrain.model.fused.kernels import installed, kernels_for, missing_packages
 from megatron.pretrain.model.fused.model import FusedGPTModel, layer_spec
 from megatron.pretrain.model.layers import CausalAttention, RMSNorm
+
+FP8_CAPABILITY = (8, 9)
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +39,24 @@ def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device)
         for number, stage in enumerate(range(stages) if stages else [None])]
     for chunk in chunks:
         chunk.broadcast_params()
+        if config.train.fp8_format is not None:
+            model = unwrap_model(chunk)
+            model.fp8 = Fp8State(model.decoder.layers, config.train.fp8_recipe, device)
     return chunks
 
 
 def transformer_implementation(config: RunConfig, device: torch.device) -> str:
     """Resolve --transformer-impl auto, and refuse what is not installed; say what was chosen and why."""
     wanted, on_cuda = config.model.transformer_impl, device.type == "cuda"
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" and not (installed and on_cuda):
-        reason = "CUDA is not present" if installed else 'it is not installed (pip install "neo-pretrain[te]")'
+    transformer_engine = installed("transformer_engine")
+    if wanted == "transformer_engine" and not (transformer_engine and on_cuda):
+        reason = "CUDA is not present" if transformer_engine else 'it is not installed (pip install "neo-pretrain[te]")'
         raise UserError(f"--transformer-impl transformer_engine: {reason}; use local or auto")
     if wanted == "auto":
-        wanted, reason = _best_implementation(config, on_cuda, installed)
+        wanted, reason = _best_implementation(config, on_cuda, transformer_engine)
         logger.info("layers: %s (--transformer-impl auto: %s)", wanted, reason)
+    if config.train.fp8_format is not None:
+        _require_fp8(device)
     if wanted == "fused":
         logger.info("fused kernels: %s", kernels_for(device, _precision(config)))
         if on_cuda and missing_packages():
@@ -57,6 +66,8 @@ def transformer_implementation(config: RunConfig, device: torch.device) -> str:
 
 def _best_implementation(config: RunConfig, on_cuda: bool, transformer_engine: bool) -> tuple[str, str]:
     """The fastest layers that run here, and the reason."""
+    if config.train.fp8_format is not None:
+        return "fused", "fp8 is theirs"
     if not on_cuda:
         return "local", "there is no CUDA device"
     if config.model.attention_dropout or config.model.hidden_dropout:
@@ -66,6 +77,28 @@ def _best_implementation(config: RunConfig, on_cuda: bool, transformer_engine: b
     if transformer_engine:
         return "transformer_engine", f"{', '.join(missing_packages())} not installed"
     return "fused", "neither its packages nor Transformer Engine are installed; torch stands in for some kernels"
+
+
+def _require_fp8(device: torch.device) -> None:
+    """A CPU computes fp8's numbers in fp32, slowly: layouts can be tried there."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise UserError(f"--fp8-format: {torch.cuda.get_device_name(device)} has compute capability "
+                        f"{'.'.join(map(str, capability))}, and fp8 needs 8.9 or later; leave the flag out")
+    if not installed("triton"):
+        raise UserError('--fp8-format: its kernels need triton, which is not installed (pip install triton)')
+
+
+def _fp8_layers(config: RunConfig) -> Callable[[int], bool]:
+    """Which layers of the whole model, counted from 0, are in fp8."""
+    train = config.train
+    if train.fp8_format is None:
+        return lambda layer: False
+    first, last = (train.num_layers_at_start_in_bf16, train.num_layers_at_end_in_bf16) \
+        if train.first_last_layers_bf16 else (0, 0)
+    return lambda layer: first <= layer < config.model.num_layers - last
 
 
 def _precision(config: RunConfig) -> torch.dtype:
@@ -109,7 +142,7 @@ def transformer_config(config: RunConfig, device: torch.device,
 def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, padded_vocab_size: int,
            stage: int | None) -> torch.nn.Module:
     chunk = (FusedGPTModel if implementation == "fused" else GPTModel)(
-        engine, _layer_spec(engine, implementation, stage), vocab_size=padded_vocab_size,
+        engine, _layer_spec(config, engine, implementation, stage), vocab_size=padded_vocab_size,
         max_sequence_length=config.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage),
@@ -118,11 +151,11 @@ def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, pa
     return Float16Module(engine, chunk) if config.train.bf16 else chunk
 
 
-def _layer_spec(engine: TransformerConfig, implementation: str, stage: int | None) -> object:
+def _layer_spec(config: RunConfig, engine: TransformerConfig, implementation: str, stage: int | None) -> object:
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     if implementation == "fused":
-        return layer_spec(engine, stage)
+        return layer_spec(engine, stage, _fp8_layers(config))
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

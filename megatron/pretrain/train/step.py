@@ -17,6 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from megatron.pretrain.data.batches import MicroBatch
+from megatron.pretrain.model.fused.fp8_model import fp8_states
 
 Chunks = list[DistributedDataParallel]
 
@@ -50,6 +51,8 @@ def forward_backward(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, for
 def accumulate(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool = False) -> Tensor:
     """`forward_backward` on top of the gradients that the chunks' buffers hold already."""
     engine = get_model_config(chunks[0])
+    for state in fp8_states(chunks):
+        state.begin_step()
     size, length = micro_batches[0].tokens.shape
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, device=torch.device(torch.cuda.current_device())),
@@ -59,6 +62,12 @@ def accumulate(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_o
     for report in reports:
         total += report["loss"] if engine.calculate_per_token_loss else _mean_of(report["loss"])
     return total
+
+
+def end_step(chunks: Chunks) -> None:
+    """After the optimizer's step: what the next one needs to know of this one's numbers."""
+    for state in fp8_states(chunks):
+        state.end_step(parallel_state.get_amax_reduction_group(with_context_parallel=True))
 
 
 def mean_loss(total: Tensor) -> float:

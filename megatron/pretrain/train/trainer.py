@@ -15,7 +15,7 @@ from megatron.pretrain.optim.optimizer import StepOutcome, apply_schedule, step
 from megatron.pretrain.train.evaluate import evaluate
 from megatron.pretrain.train.report import Reporter
 from megatron.pretrain.train.run import Run
-from megatron.pretrain.train.step import forward_backward, mean_loss, take
+from megatron.pretrain.train.step import end_step, forward_backward, mean_loss, take
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def train_step(run: Run, loader: Loader, learning_rate: float) -> tuple[float, S
     run.optimizer.zero_grad()
     total = forward_backward(run.chunks, take(loader, run.batches.micro_batches))
     outcome = step(run.optimizer, run.config.optim.clip_grad)
+    end_step(run.chunks)
     return mean_loss(total), outcome
 
 

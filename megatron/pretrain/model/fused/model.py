@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron.pretrain.model.fused.attention import FusedSelfAttention
+from megatron.pretrain.model.fused.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
+from megatron.pretrain.model.fused.fp8_mlp import Fp8GatedMLP
+from megatron.pretrain.model.fused.fp8_model import Fp8State
 from megatron.pretrain.model.fused.kernels import kernels_for
 from megatron.pretrain.model.fused.layer import FusedTransformerLayer
 from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, linear
@@ -20,23 +26,37 @@ from megatron.pretrain.model.fused.mlp import GatedMLP
 from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
 
-def layer_spec(engine: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage; weights have the names of the engine's local spec."""
+def layer_spec(engine: TransformerConfig, stage: int | None,
+               in_fp8: Callable[[int], bool] = lambda layer: False) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage; weights have the names of the engine's local spec.
+
+    `in_fp8` says of a layer of the whole model, counted from 0, whether its products are in fp8.
+    """
+    first = get_transformer_layer_offset(engine, vp_stage=stage)
+    count = get_num_layers_to_build(engine, vp_stage=stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(fp8=in_fp8(first + place)) for place in range(count)], layer_norm=FusedRMSNorm)
+
+
+def _layer(*, fp8: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.module = FusedTransformerLayer
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = FusedRMSNorm
     attention = parts.self_attention
     attention.module = FusedSelfAttention
-    attention.submodules.linear_qkv, attention.submodules.linear_proj = ColumnLinear, RowLinear
+    attention.submodules.linear_qkv = Fp8ColumnLinear if fp8 else ColumnLinear
+    attention.submodules.linear_proj = Fp8RowLinear if fp8 else RowLinear
     attention.submodules.core_attention = IdentityOp
-    parts.mlp = GatedMLP
-    count = get_num_layers_to_build(engine, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=FusedRMSNorm)
+    parts.mlp = Fp8GatedMLP if fp8 else GatedMLP
+    return layer
 
 
 class FusedGPTModel(GPTModel):
     """The engine's model; its head accumulates weight gradients as the layers do, its loss is ours."""
+
+    fp8: Fp8State | None = None
+    """Set once the model is on its device, where any of its layers is in fp8."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""The three products of a linear layer in fp8, by torch's scaled product or cuBLASLt's; in fp32 on a CPU.
+
+All dimensions are multiples of 16. The forward product accumulates fast, in the matrix unit's own registers of
+about 14 bits; gradients are promoted to fp32 as they are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.pretrain.model.fused import cublaslt
+from megatron.pretrain.model.fused.products import delivered
+from megatron.pretrain.model.fused.quantize import Quantized
+
+
+def product(inputs: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """inputs [tokens, in] @ weight [out, in]^T -> [tokens, out]."""
+    return fp8_product(inputs.data, weight.data, inputs.inverse, weight.inverse, dtype, fast_accumulation=True)
+
+
+def input_gradient(gradient: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """gradient [tokens, out] @ weight [out, in] -> [tokens, in]."""
+    return fp8_product(gradient.data, weight.transposed, gradient.inverse, weight.inverse, dtype,
+                       fast_accumulation=False)
+
+
+def weight_gradient(weight: Parameter, gradient: Quantized, inputs: Quantized) -> Tensor:
+    """gradient [tokens, out]^T @ inputs [tokens, in], as `products.deliver` hands it to autograd."""
+    if not hasattr(weight, "main_grad"):
+        return fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse, weight.dtype,
+                           fast_accumulation=False)
+    accumulate_weight_grad(weight.main_grad, gradient.transposed, inputs.transposed, gradient.inverse,
+                           inputs.inverse)
+    return delivered(weight)
+
+
+def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, gradient_inverse: Tensor,
+                           inputs_inverse: Tensor, *, direct: bool = True) -> None:
+    """main_grad fp32 [out, in] += gradient fp8 [out, tokens] @ inputs fp8 [in, tokens]^T, times the inverses.
+
+    `direct` adds in the product itself (`cublaslt`); otherwise, and on a CPU, the product is rounded to bf16 (2^-9,
+    where fp8 left 2^-4) and added in a pass of its own.
+    """
+    if direct and main_grad.is_cuda:
+        cublaslt.accumulate(main_grad, gradient, inputs, gradient_inverse, inputs_inverse)
+    else:
+        main_grad.add_(fp8_product(gradient, inputs, gradient_inverse, inputs_inverse, torch.bfloat16,
+                                   fast_accumulation=False))
+
+
+def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, dtype: torch.dtype, *,
+                fast_accumulation: bool) -> Tensor:
+    """(a [m, k] @ b [n, k]^T) * a_inverse * b_inverse -> [m, n]; a and b fp8, inverses fp32 scalars."""
+    if not a.is_cuda:
+        return (a.float() @ b.float().T * (a_inverse * b_inverse)).to(dtype)
+    return torch._scaled_mm(a, b.T, a_inverse, b_inverse, out_dtype=dtype, use_fast_accum=fast_accumulation)

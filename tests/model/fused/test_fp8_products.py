@@ -1,0 +1,166 @@
+"""Linear layers and the gated MLP in fp8, values and gradients, against float64.
+
+The bound: e4m3 has steps of 2^-3 between powers of two, so that rounding leaves 2^-3 / sqrt(12) / 1.53 = 2.4 % in
+norm, and e5m2 twice that. The terms of a product err independently: 3.3 % is left of e4m3 x e4m3, 5.3 % of e5m2 x
+e4m3, and 8 % where two of those follow each other behind the forward pass. Small matrices stray around that.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from megatron.pretrain.model.fused import fp8_products
+from megatron.pretrain.model.fused.fp8_linear import Casts, _Column, _Row
+from megatron.pretrain.model.fused.fp8_mlp import _Fp8GatedMLP
+from megatron.pretrain.model.fused.quantize import E4M3, E5M2, Source
+from megatron.pretrain.model.fused.scaling import AmaxHistory, CurrentScaling, DelayedScaling, Scaling
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
+FORWARD, BACKWARD, CHAIN = 0.04, 0.06, 0.11
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int, device: str, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(device, BF16)
+
+
+def parameter(*shape: int, device: str) -> Parameter:
+    weight = Parameter(random(*shape, device=device, scale=shape[-1] ** -0.5))
+    weight.main_grad = torch.randn(*shape, device=device)
+    return weight
+
+
+def scalings(recipe: str, device: str) -> list[Scaling]:
+    if recipe == "tensorwise":
+        return [CurrentScaling(dtype) for dtype in (E4M3, E4M3, E5M2)]
+    history = AmaxHistory([E4M3, E4M3, E5M2], torch.device(device))
+    return [DelayedScaling(history, number, dtype) for number, dtype in enumerate((E4M3, E4M3, E5M2))]
+
+
+def casts(weight: Parameter, recipe: str = "tensorwise") -> Casts:
+    first, second, third = scalings(recipe, weight.device.type)
+    return Casts(weight, weight_scaling=first, inputs=second, gradient=third)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def exact_copies(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+SIZES = [(1, 16, 16, 32), (34, 8, 64, 48)]
+LARGE = [*SIZES, (8192, 1, 3072, 9216)]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear_layers(device: str, recipe: str) -> None:
+    for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:
+        inputs, upstream = random(length, batch, inner, device=device), random(length, batch, outer, device=device)
+        residual, weight = random(length, batch, outer, device=device), parameter(outer, inner, device=device)
+        exact_inputs, exact_weight = exact_copies(inputs, weight)
+        exact = exact_inputs @ exact_weight.T
+        exact_d_inputs, exact_d_weight = torch.autograd.grad(exact, [exact_inputs, exact_weight], upstream.double())
+        for row in (False, True):
+            before = weight.main_grad.clone()
+            leaf, added, cast = inputs.clone().requires_grad_(), residual.clone().requires_grad_(), casts(weight, recipe)
+            out = _Row.apply(leaf, added, weight, cast, None, False) if row \
+                else _Column.apply(leaf, weight, cast, None, False)
+            out.backward(upstream)
+            assert error(out, exact + residual.double() * row) < FORWARD
+            assert error(leaf.grad, exact_d_inputs) < BACKWARD
+            assert error(weight.main_grad - before, exact_d_weight) < BACKWARD
+            assert weight.grad_added_to_main_grad
+            assert not row or torch.equal(added.grad, upstream)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gated_mlp(device: str, recompute: bool) -> None:
+    for length, batch, hidden, inner in SIZES if device == "cpu" else [*SIZES, (8192, 1, 3072, 8192)]:
+        inputs, upstream, residual = (random(length, batch, hidden, device=device) for _ in range(3))
+        up, down = parameter(2 * inner, hidden, device=device), parameter(hidden, inner, device=device)
+        exact_inputs, exact_up, exact_down = exact_copies(inputs, up, down)
+        gate, linear = (exact_inputs @ exact_up.T).chunk(2, -1)
+        exact = (functional.silu(gate) * linear) @ exact_down.T
+        gradients = torch.autograd.grad(exact, [exact_inputs, exact_up, exact_down], upstream.double())
+        before = [weight.main_grad.clone() for weight in (up, down)]
+        leaf, added = inputs.clone().requires_grad_(), residual.clone().requires_grad_()
+        out = _Fp8GatedMLP.apply(leaf, added, up, down, casts(up), casts(down), None, False, recompute)
+        out.backward(upstream)
+        assert error(out, exact + residual.double()) < CHAIN
+        ours = (leaf.grad, *(weight.main_grad - was for weight, was in zip((up, down), before, strict=True)))
+        for mine, right in zip(ours, gradients, strict=True):
+            assert error(mine, right) < CHAIN
+        assert torch.equal(added.grad, upstream)
+
+
+def test_a_weight_is_cast_once_a_step() -> None:
+    weight = parameter(32, 16, device="cpu")
+    cast = casts(weight)
+    first = cast.weight()
+    assert cast.weight() is first
+    with torch.no_grad():
+        weight.mul_(2)
+    assert cast.weight() is first
+    cast.forget()
+    assert cast.weight().inverse == 2 * first.inverse
+
+
+def test_a_weight_without_an_accumulator_gets_its_gradient() -> None:
+    weight = Parameter(random(32, 16, device="cpu"))
+    leaf = random(16, 1, 16, device="cpu").requires_grad_()
+    upstream = random(16, 1, 32, device="cpu")
+    _Column.apply(leaf, weight, casts(weight), None, False).backward(upstream)
+    assert error(weight.grad, upstream[:, 0].double().T @ leaf.detach()[:, 0].double()) < BACKWARD
+
+
+def test_a_bad_number_reaches_every_gradient_that_it_touches() -> None:
+    weight, inputs = parameter(32, 16, device="cpu"), random(16, 1, 16, device="cpu")
+    inputs[3, 0, 5] = torch.nan
+    out = _Column.apply(inputs.requires_grad_(), weight, casts(weight), None, False)
+    out.backward(torch.ones_like(out))
+    assert out.isnan().any() and weight.main_grad.isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("outer, inner, tokens", [
+    (16, 32, 48), (3072, 3072, 8192), (9216, 3072, 8192), (49152, 3072, 8192), (3072, 24576, 8192),
+    (2560, 2048, 16384)])
+def test_cublaslt_adds_what_the_plain_path_adds(outer: int, inner: int, tokens: int) -> None:
+    gradient = CurrentScaling(E5M2).quantize(Source(random(tokens, outer, device="cuda", scale=1e-3)))
+    inputs = CurrentScaling(E4M3).quantize(Source(random(tokens, inner, device="cuda")))
+    start = torch.randn(outer, inner, device="cuda")
+    sums = {direct: start.clone() for direct in (True, False)}
+    for _ in range(2):
+        for direct, total in sums.items():
+            fp8_products.accumulate_weight_grad(total, gradient.transposed, inputs.transposed, gradient.inverse,
+                                                inputs.inverse, direct=direct)
+    exact = 2 * torch._scaled_mm(gradient.transposed, inputs.transposed.T, gradient.inverse, inputs.inverse,
+                                 out_dtype=torch.float32, use_fast_accum=False).double()
+    for direct, total in sums.items():
+        assert error(total.double() - start.double(), exact) < (1e-4 if direct else 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpus_product_is_the_reference_of_the_cpu() -> None:
+    a = CurrentScaling(E5M2).quantize(Source(random(256, 512, device="cuda")))
+    b = CurrentScaling(E4M3).quantize(Source(random(128, 512, device="cuda")))
+    for fast in (False, True):
+        ours = fp8_products.fp8_product(a.data, b.data, a.inverse, b.inverse, BF16, fast_accumulation=fast)
+        exact = fp8_products.fp8_product(*(part.cpu() for part in (a.data, b.data, a.inverse, b.inverse)),
+                                         torch.float32, fast_accumulation=fast)
+        assert error(ours.cpu(), exact.double()) < 4e-3
