@@ -104,7 +104,10 @@ class Arm:
         torch.cuda.synchronize()
 
     def accumulate(self) -> Any:
-        """Forward and backward of a micro-batch on top of the gradients there are; its totals."""
+        """Forward and backward of a micro-batch on top of the gradients there are; its totals.
+
+        Weights are cast to fp8 anew, as in a step's first micro-batch: the engine's layers do so too.
+        """
         from megatron.pretrain.train.step import accumulate
 
         return accumulate(self.chunks, [self.batch])
