@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
     """The model chunks of this rank's pipeline stage (one, unless the schedule is interleaved)."""
-    engine = transformer_config(config, device)
     implementation = transformer_implementation(config, device)
+    engine = transformer_config(config, device, implementation)
     stages = engine.virtual_pipeline_model_parallel_size
     chunks = [
         _wrap(_chunk(config, engine, implementation, padded_vocab_size, stage).to(device), config, engine, number)
@@ -105,8 +105,10 @@ def _precision(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.bf16 else torch.float32
 
 
-def transformer_config(config: RunConfig, device: torch.device) -> TransformerConfig:
-    """megatron-core's description of this model, layout and precision."""
+def transformer_config(config: RunConfig, device: torch.device,
+                       implementation: str = "local") -> TransformerConfig:
+    """megatron-core's description of this model, layout and precision, for layers of `implementation`."""
+    with_te = implementation == "transformer_engine"
     model, layout, train = config.model, config.layout, config.train
     dtype = _precision(config)
     chunk = layout.num_layers_per_virtual_pipeline_stage
@@ -119,9 +121,11 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         # Fusions of the engine that need apex or a CUDA compiler of their own stay off: a run must not
-        # depend on what happens to be installed.
-        bias_activation_fusion=device.type == "cuda", bias_dropout_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        # depend on what happens to be installed. Transformer Engine brings the kernels of these:
+        apply_rope_fusion=with_te, bias_dropout_fusion=with_te, cross_entropy_loss_fusion=with_te,
+        cross_entropy_fusion_impl="te" if with_te else "native",
+        bias_activation_fusion=device.type == "cuda", masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False, persist_layer_norm=False,
         use_cpu_initialization=device.type == "cpu", params_dtype=dtype, pipeline_dtype=dtype, bf16=train.bf16,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

@@ -42,12 +42,17 @@ def forward_backward(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, for
     of their weights. Their quotient, both summed over data-parallel ranks, is the loss that is minimised:
     a mean over micro-batches of the mean over tokens, or with --calculate-per-token-loss over all tokens.
     """
-    engine = get_model_config(chunks[0])
-    for state in fp8_states(chunks):
-        state.begin_step()
     if not forward_only:
         for chunk in chunks:
             chunk.zero_grad_buffer()
+    return accumulate(chunks, micro_batches, forward_only=forward_only)
+
+
+def accumulate(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool = False) -> Tensor:
+    """`forward_backward` on top of the gradients that the chunks' buffers hold already."""
+    engine = get_model_config(chunks[0])
+    for state in fp8_states(chunks):
+        state.begin_step()
     size, length = micro_batches[0].tokens.shape
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, device=torch.device(torch.cuda.current_device())),

@@ -131,7 +131,8 @@ def scale_of(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     The scale ends at 2^126, so that its inverse is a normal number. A NaN stays one.
     """
-    scale, inverse = torch.empty(2, dtype=torch.float32, device=amax.device).unbind()
+    # cuBLAS reads a scale only from an address that is a multiple of 16 bytes.
+    scale, inverse = torch.empty(2, 4, dtype=torch.float32, device=amax.device)[:, 0].unbind()
     _implementation(amax).scale_of(amax, torch.finfo(dtype).max, scale, inverse)
     return scale, inverse
 

@@ -77,7 +77,8 @@ class AmaxHistory:
         self.values = torch.zeros(len(formats), HISTORY, device=device)
         """fp32 [tensors, HISTORY]; column 0 is the step that runs, column 1 the one before."""
         self._largest = torch.tensor([torch.finfo(dtype).max for dtype in formats], device=device)
-        self._scales, self._inverses = torch.ones(2, len(formats), device=device)
+        # cuBLAS reads a scale only from an address that is a multiple of 16 bytes.
+        self._scales, self._inverses = torch.ones(2, len(formats), 4, device=device)[..., 0]
         self.live: tuple[Tensor, ...] = self.values[:, 0].unbind()
         self.scales: tuple[Tensor, ...] = self._scales.unbind()
         self.inverses: tuple[Tensor, ...] = self._inverses.unbind()
