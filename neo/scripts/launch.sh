@@ -41,7 +41,7 @@ Variables (an empty one counts as not set):
               FFN_HIDDEN_SIZE ($DEFAULT_FFN_HIDDEN_SIZE) NUM_HEADS ($DEFAULT_NUM_HEADS)
               NUM_KV_HEADS (${DEFAULT_NUM_KV_HEADS:-NUM_HEADS}) KV_CHANNELS (HIDDEN_SIZE / NUM_HEADS)
               SEQ_LEN ($DEFAULT_SEQ_LEN) MAX_POSITION_EMBEDDINGS (${DEFAULT_MAX_POSITION_EMBEDDINGS:-SEQ_LEN})
-              PRECISION (bf16; or fp32) SEED (42)
+              PRECISION (bf16; or fp8, fp32) SEED (42)
   length      TRAIN_ITERS ($DEFAULT_TRAIN_ITERS) EXIT_ITERS (TRAIN_ITERS)
               SAVE_INTERVAL (2000) LOG_INTERVAL (1)
   schedule    LR (2e-4) MIN_LR (2e-5) LR_WARMUP_ITERS (2000, or a third of TRAIN_ITERS if that is less;
@@ -221,7 +221,7 @@ choose_shape() {
         whole "$name" 1
     done
     [[ -z "$KV_CHANNELS" ]] || whole KV_CHANNELS 1
-    one_of PRECISION bf16 fp32
+    one_of PRECISION bf16 fp8 fp32
 }
 
 # GLOBAL_BATCH and GRAD_ACC_STEPS; GLOBAL_BATCH_SIZE may be given, by the mixture or by the environment.
@@ -352,6 +352,7 @@ collect_flags() {
         --override-opt_param-scheduler
     )
     [[ "$PRECISION" == fp32 ]] || FLAGS+=(--bf16)
+    [[ "$PRECISION" != fp8 ]] || FLAGS+=(--fp8)
     if [[ "${phase:-}" == decay ]]; then
         FLAGS+=(--lr-decay-style wsd --wsd_decay_ratio 0.1 --wsd_half_life -1 --lr_stable_steps 0)
     else

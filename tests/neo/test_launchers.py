@@ -220,6 +220,11 @@ def test_flags_that_stand_alone(launch):
     assert "--bf16" not in other and "--enable-shuffle" in other and "--sequence-parallel" in other
 
 
+def test_fp8_is_bf16_with_products_in_fp8(launch):
+    command = launch("pretrain_2b", "--dry-run", DATA_PATH="corpus", PRECISION="fp8").command
+    assert "--bf16" in command and "--fp8" in command
+
+
 def test_kv_heads_follow_the_heads_where_every_head_has_its_own(launch):
     for name, kv_heads in (("pretrain_7b", "4"), ("pretrain_2b", "1")):
         said = launch(name, "--dry-run", DATA_PATH="corpus", NUM_HEADS=4)
@@ -375,7 +380,7 @@ MISTAKES = {
         "GRAD_ACC_STEPS=4 x 1 data-parallel ranks x MICRO_BATCH=1 is 4 samples a step, "
         "not the GLOBAL_BATCH_SIZE=10; unset GRAD_ACC_STEPS to have 10"),
     "choice": ({"ENABLE_SHUFFLE": "yes"}, "ENABLE_SHUFFLE=yes: must be one of: true false"),
-    "precision": ({"PRECISION": "fp16"}, "PRECISION=fp16: must be one of: bf16 fp32"),
+    "precision": ({"PRECISION": "fp16"}, "PRECISION=fp16: must be one of: bf16 fp8 fp32"),
     "node rank": ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "n"}, "NODE_RANK=2: must be below NNODES=2"),
     "no address": ({"NNODES": 2}, "NNODES=2 needs NODE_RANK (0 to 1) and MASTER_ADDR (the address of"),
     "more GPUs than found": ({"GPUS_PER_NODE": 2, "DISTRIBUTED_BACKEND": "nccl"},
