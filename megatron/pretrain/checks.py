@@ -183,15 +183,16 @@ def _check_fused(config: RunConfig) -> None:
 def _check_fp8(config: RunConfig) -> None:
     model, layout, train = config.model, config.layout, config.train
     if train.fp8_format is None:
-        _require(not train.first_last_layers_bf16, "--first-last-layers-bf16 needs --fp8-format hybrid (--fp8)")
+        _require(not train.first_last_layers_bf16,
+                 "--first-last-layers-bf16 needs --fp8-format hybrid (--fp8)")
         return
     _require(train.bf16, f"--fp8-format {train.fp8_format} needs --bf16")
     _require(model.transformer_impl in ("auto", "fused"),
-             f"--fp8-format {train.fp8_format}: --transformer-impl {model.transformer_impl} has no fp8 here; use "
-             "fused or auto")
+             f"--fp8-format {train.fp8_format}: --transformer-impl {model.transformer_impl} has no fp8 here; "
+             "use fused or auto")
     _require(model.attention_dropout == model.hidden_dropout == 0,
-             f"--fp8-format {train.fp8_format}: the fused layers have no dropout; leave out --attention-dropout and "
-             "--hidden-dropout")
+             f"--fp8-format {train.fp8_format}: the fused layers have no dropout; leave out "
+             "--attention-dropout and --hidden-dropout")
     tp, heads = layout.tensor_model_parallel_size, model.num_attention_heads
     sizes = {
         "--hidden-size": model.hidden_size,

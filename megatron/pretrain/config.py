@@ -160,11 +160,12 @@ class TrainConfig:
     bf16: bool = setting(False, "Compute in bfloat16, with float32 master weights; float32 otherwise.")
     fp8: bool = setting(False, "Short for --fp8-format hybrid.")
     fp8_format: str | None = setting(
-        None, "The layers' matrix products in fp8, of Hopper or later: hybrid is e4m3 forward, e5m2 for gradients. "
-        "Attention, norms, the embedding and the output layer stay in bf16. Needs --bf16.", choices=("hybrid",))
+        None, "The layers' matrix products in fp8, on Hopper or later: hybrid is e4m3 forward, e5m2 for "
+        "gradients. Attention, norms, the embedding and the output layer stay in bf16. Needs --bf16.",
+        choices=("hybrid",))
     fp8_recipe: str = setting(
-        "delayed", "What a tensor is scaled by: tensorwise, its own largest value, or delayed, the largest of the "
-        "past 1024 steps, which reads it once instead of twice.", choices=("delayed", "tensorwise"))
+        "delayed", "What a tensor is scaled by: tensorwise, its own largest value, or delayed, the largest of "
+        "the past 1024 steps, which reads it once instead of twice.", choices=("delayed", "tensorwise"))
     first_last_layers_bf16: bool = setting(False, "With fp8: keep the first and the last layers in bf16.")
     num_layers_at_start_in_bf16: int = setting(1, "With --first-last-layers-bf16: how many first layers.")
     num_layers_at_end_in_bf16: int = setting(1, "With --first-last-layers-bf16: how many last layers.")

@@ -174,7 +174,8 @@ def _sharded_fp8(chunks: list[DistributedDataParallel]) -> dict[str, ShardedTens
                parallel_state.get_data_parallel_rank(with_context_parallel=True))
     names = {f"fp8.history.{layer}": part for state in fp8_states(chunks)
              for layer, part in state.layer_histories().items()}
-    return {name: ShardedTensor.from_rank_offsets(name, part, replica_id=replica) for name, part in names.items()}
+    return {name: ShardedTensor.from_rank_offsets(name, part, replica_id=replica)
+            for name, part in names.items()}
 
 
 def _saved_fp8(folder: Path, chunks: list[DistributedDataParallel]) -> dict[str, ShardedTensor]:

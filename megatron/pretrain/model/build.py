@@ -50,7 +50,8 @@ def transformer_implementation(config: RunConfig, device: torch.device) -> str:
     wanted, on_cuda = config.model.transformer_impl, device.type == "cuda"
     transformer_engine = installed("transformer_engine")
     if wanted == "transformer_engine" and not (transformer_engine and on_cuda):
-        reason = "CUDA is not present" if transformer_engine else 'it is not installed (pip install "neo-pretrain[te]")'
+        reason = "CUDA is not present" if transformer_engine \
+            else 'it is not installed (pip install "neo-pretrain[te]")'
         raise UserError(f"--transformer-impl transformer_engine: {reason}; use local or auto")
     if wanted == "auto":
         wanted, reason = _best_implementation(config, on_cuda, transformer_engine)
@@ -151,7 +152,8 @@ def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, pa
     return Float16Module(engine, chunk) if config.train.bf16 else chunk
 
 
-def _layer_spec(config: RunConfig, engine: TransformerConfig, implementation: str, stage: int | None) -> object:
+def _layer_spec(config: RunConfig, engine: TransformerConfig, implementation: str,
+                stage: int | None) -> object:
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     if implementation == "fused":

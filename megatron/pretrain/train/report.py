@@ -72,7 +72,8 @@ class Reporter:
         tflops = peak = None
         if self._device.type == "cuda":
             tflops = tokens_per_second * self._flops_per_token / self._world_size / 1e12
-            peak = peak_tflops(torch.cuda.get_device_name(self._device), "fp8" if config.train.fp8_format else "bf16")
+            precision = "fp8" if config.train.fp8_format else "bf16"
+            peak = peak_tflops(torch.cuda.get_device_name(self._device), precision)
         return IntervalRecord(
             iteration=state.iteration, train_iters=config.train.train_iters,
             consumed_samples=state.consumed_samples, consumed_tokens=state.consumed_tokens,

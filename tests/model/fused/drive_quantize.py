@@ -31,7 +31,7 @@ POISON = 0xA5
 
 
 def convert(values: np.ndarray, source: tl.dtype, wanted: tl.dtype, rounding: object) -> np.ndarray:
-    """The interpreter's own conversion to fp8 does not round to the nearest and knows no NaN: torch's stands in."""
+    """The interpreter's own conversion to fp8 neither rounds to the nearest nor knows NaN: torch's does."""
     if wanted not in (tl.float8e4nv, tl.float8e5):
         return original(values, source, wanted, rounding)
     torch_dtype = E4M3 if wanted == tl.float8e4nv else E5M2
@@ -108,7 +108,8 @@ def check_source(name: str) -> None:
                 nearest = quantize_reference.to_fp8(scaled.float(), dtype).double()
                 excess = (data.double() - scaled).abs() - (nearest - scaled).abs()
                 # Beside the rounding of fp32, of which silu' leaves more where its terms cancel.
-                assert (excess <= 1e-5 * scaled.abs() + 1e-6 * scaled.abs().max()).all(), (rows, columns, dtype, excess.max())
+                assert (excess <= 1e-5 * scaled.abs() + 1e-6 * scaled.abs().max()).all(), \
+                    (rows, columns, dtype, excess.max())
 
 
 def check_specials() -> None:
@@ -129,9 +130,10 @@ def check_specials() -> None:
 
 
 def check_scales() -> None:
-    for amax, dtype, wanted in ((2.0, E4M3, 224.0), (0.0, E4M3, 1.0), (7.0, E5M2, 8192.0), (1e-40, E4M3, 2.0**126)):
+    for amax, dtype, wanted in ((2.0, E4M3, 224.0), (0.0, E4M3, 1.0), (7.0, E5M2, 8192.0),
+                                (1e-40, E4M3, 2.0**126)):
         scale, inverse = scale_of(torch.tensor(amax, device=DEVICE), dtype)
-        torch.testing.assert_close(torch.stack([scale, inverse]).tolist(), [wanted, 1 / wanted], rtol=1e-6, atol=0)
+        torch.testing.assert_close([scale.item(), inverse.item()], [wanted, 1 / wanted], rtol=1e-6, atol=0)
     scale, inverse = scale_of(torch.tensor(torch.nan, device=DEVICE), E4M3)
     assert scale.isnan() and inverse.isnan()
 

@@ -35,7 +35,7 @@ class _Heuristic(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Problem:
-    """What cuBLASLt chooses an algorithm by: out [rows, columns] = added + a [rows, depth] @ b [columns, depth]^T."""
+    """What cuBLASLt chooses an algorithm by; a is [rows, depth], b [columns, depth], out [rows, columns]."""
 
     device: int
     rows: int
@@ -64,16 +64,17 @@ class _Plan:
 
 def add_product(added: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out: Tensor, *,
                 fast_accumulation: bool) -> None:
-    """out [rows, columns] = added + (a @ b^T) * a_inverse * b_inverse, on the current stream; out may be added.
+    """out = added + (a @ b^T) * a_inverse * b_inverse, on the current stream; out may be added itself.
 
-    added and out are both fp32 or both bf16, a [rows, depth] and b [columns, depth] are fp8 (e5m2 at most in one
-    of them), all contiguous; the inverses are fp32 scalars on the device. Without `fast_accumulation` sums are
-    promoted to fp32 as they grow. Raises RuntimeError where cuBLASLt has no algorithm for the shapes.
+    added and out [rows, columns] are both fp32 or both bf16, a [rows, depth] and b [columns, depth] are fp8
+    (e5m2 at most in one of them), all contiguous; the inverses are fp32 scalars on the device. Without
+    `fast_accumulation` sums are promoted to fp32 as they grow. Raises RuntimeError where cuBLASLt has no
+    algorithm for the shapes.
     """
     rows, columns, depth = a.size(0), b.size(0), a.size(1)
     if not (b.size(1) == depth and out.shape == added.shape == (rows, columns) and out.dtype == added.dtype):
-        raise ValueError(f"{list(out.shape)} {out.dtype} = {list(added.shape)} {added.dtype} + {list(a.shape)} @ "
-                         f"{list(b.shape)}^T")
+        raise ValueError(f"{list(out.shape)} {out.dtype} = {list(added.shape)} {added.dtype} + "
+                         f"{list(a.shape)} @ {list(b.shape)}^T")
     device = out.get_device()
     plan = _plan(_Problem(device, rows, columns, depth, a.dtype, b.dtype, out.dtype, fast_accumulation,
                           *(_alignment(tensor) for tensor in (a, b, added, out))))
@@ -86,7 +87,8 @@ def add_product(added: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_invers
         _call("cublasLtMatmul", _handle(device), plan.description, one, _Pointer(b.data_ptr()), plan.first,
               _Pointer(a.data_ptr()), plan.second, one, _Pointer(added.data_ptr()), plan.result,
               _Pointer(out.data_ptr()), plan.result, ctypes.byref(plan.algorithm),
-              _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES), _Pointer(stream))
+              _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
+              _Pointer(stream))
 
 
 @cache
@@ -117,8 +119,8 @@ def _algorithm(problem: _Problem, description: _Pointer, first: _Pointer, second
         _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, ctypes.byref(value),
               ctypes.c_size_t(ctypes.sizeof(value)))
     best, found = _Heuristic(), ctypes.c_int(0)
-    _call("cublasLtMatmulAlgoGetHeuristic", _handle(problem.device), description, first, second, result, result,
-          preference, 1, ctypes.byref(best), ctypes.byref(found))
+    _call("cublasLtMatmulAlgoGetHeuristic", _handle(problem.device), description, first, second, result,
+          result, preference, 1, ctypes.byref(best), ctypes.byref(found))
     _call("cublasLtMatmulPreferenceDestroy", preference)
     if not found.value or best.state:
         raise RuntimeError(f"cuBLASLt has no algorithm for {problem}")

@@ -19,13 +19,14 @@ from megatron.pretrain.model.fused.scaling import Scaling
 class Casts:
     """How a linear layer's three tensors are cast, and its weight as it was cast for this step."""
 
-    def __init__(self, weight: Parameter, *, weight_scaling: Scaling, inputs: Scaling, gradient: Scaling) -> None:
+    def __init__(self, weight: Parameter, *, weight_scaling: Scaling, inputs: Scaling,
+                 gradient: Scaling) -> None:
         self.inputs, self.gradient = inputs, gradient
         self._weight, self._scaling = weight, weight_scaling
         self._cast: Quantized | None = None
 
     def weight(self) -> Quantized:
-        """Cast at the first use after `forget`; a step's micro-batches share it, and so do their backward passes."""
+        """Cast at the first use after `forget`; all passes of a step's micro-batches share it."""
         if self._cast is None:
             self._cast = self._scaling.quantize(Source(self._weight.detach()))
         return self._cast
@@ -52,13 +53,13 @@ class Fp8RowLinear(RowLinear):
     casts: Casts
 
     def forward(self, inputs: Tensor, residual: Tensor) -> Tensor:
-        """inputs [s, b, in / ranks], residual [s, b, out] (a shard of s with sequence parallelism) -> as residual."""
+        """inputs [s, b, in / ranks], residual [s, b, out] (with sequence parallelism a shard of s) -> its like."""
         group = self.tp_group if self.tp_group.size() > 1 else None
         return _Row.apply(inputs, residual, self.weight, self.casts, group, self.sequence_parallel)
 
 
 class _Column(torch.autograd.Function):
-    """Keeps the gathered input's fp8 transpose: no more than the bf16 shard for two ranks, and no second gather."""
+    """Keeps the gathered input's fp8 transpose: for two ranks as much as a bf16 shard; no second gather."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Parameter, casts: Casts, group: dist.ProcessGroup | None,

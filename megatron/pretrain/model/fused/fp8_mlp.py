@@ -31,12 +31,12 @@ class Fp8GatedMLP(MLP):
         """normed and residual [s, b, h] (a shard of s with sequence parallelism) -> [s, b, h]."""
         group = self.tp_group if self.tp_group.size() > 1 else None
         return _Fp8GatedMLP.apply(
-            normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2), self.linear_fc1.casts,
-            self.linear_fc2.casts, group, self.config.sequence_parallel, self.recompute)
+            normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2),
+            self.linear_fc1.casts, self.linear_fc2.casts, group, self.config.sequence_parallel, self.recompute)
 
 
 class _Fp8GatedMLP(torch.autograd.Function):
-    """Keeps the input and the activation as fp8 transposes, and the halves; with `recompute` the input alone."""
+    """Keeps input and activation as fp8 transposes, and the halves; with `recompute` the input alone."""
 
     @staticmethod
     def forward(ctx: Any, normed: Tensor, residual: Tensor, up: Parameter, down: Parameter, up_casts: Casts,

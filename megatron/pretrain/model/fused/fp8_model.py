@@ -20,7 +20,7 @@ FORMATS = {"weight": E4M3, "inputs": E4M3, "gradient": E5M2}
 class Fp8State:
     """The casts of a model chunk's fp8 layers and, with the delayed recipe, their history.
 
-    A layer's part of the history is its linear modules' weight, inputs and gradient, in the order of the modules.
+    A layer's part of the history is its linear modules' weight, inputs and gradient, in the modules' order.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module], recipe: str, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class Fp8State:
             self.history.update(group)
 
     def layer_histories(self) -> dict[int, Tensor]:
-        """Each fp8 layer's part of the history [tensors, HISTORY] by the layer's number, to be saved and loaded."""
+        """Each fp8 layer's part of the history [tensors, HISTORY], by the layer's number, to save and load."""
         if self.history is None or not self.layer_numbers:
             return {}
         return dict(zip(self.layer_numbers, self.history.values.chunk(len(self.layer_numbers)), strict=True))

@@ -1,7 +1,7 @@
 """The three products of a linear layer in fp8, by torch's scaled product or cuBLASLt's; in fp32 on a CPU.
 
-All dimensions are multiples of 16. The forward product accumulates fast, in the matrix unit's own registers of
-about 14 bits; gradients are promoted to fp32 as they are summed.
+All dimensions are multiples of 16. The forward product accumulates fast, in the matrix unit's own precision
+of about 14 bits; gradients are promoted to fp32 as they are summed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron.pretrain.model.fused.quantize import Quantized
 
 def product(inputs: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """inputs [tokens, in] @ weight [out, in]^T -> [tokens, out]."""
-    return fp8_product(inputs.data, weight.data, inputs.inverse, weight.inverse, dtype, fast_accumulation=True)
+    return fp8_product(inputs.data, weight.data, inputs.inverse, weight.inverse, dtype,
+                       fast_accumulation=True)
 
 
 def add_product(added: Tensor, inputs: Quantized, weight: Quantized, *, direct: bool = True) -> Tensor:
@@ -39,8 +40,8 @@ def input_gradient(gradient: Quantized, weight: Quantized, dtype: torch.dtype) -
 def weight_gradient(weight: Parameter, gradient: Quantized, inputs: Quantized) -> Tensor:
     """gradient [tokens, out]^T @ inputs [tokens, in], as `products.deliver` hands it to autograd."""
     if not hasattr(weight, "main_grad"):
-        return fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse, weight.dtype,
-                           fast_accumulation=False)
+        return fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse,
+                           weight.dtype, fast_accumulation=False)
     accumulate_weight_grad(weight.main_grad, gradient.transposed, inputs.transposed, gradient.inverse,
                            inputs.inverse)
     return delivered(weight)
@@ -50,8 +51,8 @@ def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, 
                            inputs_inverse: Tensor, *, direct: bool = True) -> None:
     """main_grad fp32 [out, in] += gradient fp8 [out, tokens] @ inputs fp8 [in, tokens]^T, times the inverses.
 
-    `direct` adds in the product itself (`cublaslt`); otherwise, and on a CPU, the product is rounded to bf16 (2^-9,
-    where fp8 left 2^-4) and added in a pass of its own.
+    `direct` adds in the product itself (`cublaslt`); otherwise, and on a CPU, the product is rounded to bf16
+    (2^-9, where fp8 left 2^-4) and added in a pass of its own.
     """
     if direct and main_grad.is_cuda:
         cublaslt.add_product(main_grad, gradient, inputs, gradient_inverse, inputs_inverse, main_grad,

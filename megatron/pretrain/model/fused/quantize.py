@@ -1,12 +1,12 @@
 """To fp8, both ways round: a tensor, or what a norm or a gate makes of one, without its bf16 form in between.
 
-Hopper's fp8 matrix unit reads operands along the axis that is summed over. An activation [tokens, features] is
-summed over features in the forward pass and over tokens in its weight's gradient, so it is written twice:
+Hopper's fp8 matrix unit reads operands along the axis that is summed over. An activation [tokens, features]
+is summed over features in the forward pass and over tokens in its weight's gradient, so it is written twice:
 as it is, and transposed.
 
-Scaling is per tensor: fp8 number = value x scale, held within the format's largest finite number (448 in e4m3,
-57344 in e5m2). Both formats' NaN is the byte 0x7F. e4m3 has no infinity, so that an infinity becomes NaN, in e5m2
-too: what was not finite stays visible through every product to the norm of the gradients.
+Scaling is per tensor: fp8 number = value x scale, held within the format's largest finite number (448 in
+e4m3, 57344 in e5m2). Both formats' NaN is the byte 0x7F. e4m3 has no infinity, so that an infinity becomes
+NaN, in e5m2 too: what was not finite stays visible through every product to the norm of the gradients.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Source:
-    """Values to cast: those of a tensor, bf16, fp16 or fp32 [rows, columns], contiguous, or computed from them."""
+    """Values to cast: those of a contiguous tensor, bf16, fp16 or fp32 [rows, columns], or made of them."""
 
     values: Tensor
 
@@ -92,7 +92,8 @@ class GatedGradient(Source):
         _implementation(self.values).gated_gradient(self.values, self.gradient, target)
 
 
-def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(source: Source, scale: Tensor, dtype: torch.dtype,
+             amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cast a source [rows, columns] to fp8 (data [rows, columns], transposed [columns, rows]).
 
     One read, two writes. `scale` is an fp32 scalar on the device. `amax`, an fp32 scalar, is raised to the
@@ -106,7 +107,7 @@ def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | N
 
 
 def largest(source: Source) -> Tensor:
-    """The largest absolute value of a source, an fp32 scalar on its device: NaN if there is one. Writes nothing else.
+    """The largest absolute value of a source, an fp32 scalar on its device: NaN if there is one.
 
     A maximum does not depend on the order in which it is taken, so this is deterministic.
     """
@@ -138,7 +139,7 @@ def scale_of(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def transpose(data: Tensor) -> Tensor:
-    """fp8 [rows, columns] -> the same bytes as [columns, rows], contiguous: for tensors that were gathered in fp8."""
+    """fp8 [rows, columns] -> the same bytes as [columns, rows], contiguous: for what was gathered in fp8."""
     out = torch.empty(data.size(1), data.size(0), dtype=data.dtype, device=data.device)
     _implementation(data).transpose(data, out)
     return out

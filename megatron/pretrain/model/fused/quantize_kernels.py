@@ -24,7 +24,8 @@ def plain(values: Tensor, target: Target) -> None:
 
 def normed(hidden: Tensor, weight: Tensor, inverse_rms: Tensor, target: Target) -> None:
     rows, columns = hidden.shape
-    _cast_normed[_grid(rows, columns)](hidden, weight, inverse_rms, rows, columns, **_arguments(target), **TILE)
+    _cast_normed[_grid(rows, columns)](hidden, weight, inverse_rms, rows, columns, **_arguments(target),
+                                       **TILE)
 
 
 def gated(halves: Tensor, target: Target) -> None:
@@ -79,8 +80,8 @@ def _cast_plain(values, rows, columns, amax, scale, data, transposed, FORMAT: tl
 
 
 @triton.jit
-def _cast_normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
-                 LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, transposed,
+                 FORMAT: tl.constexpr, LARGEST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     inverse = tl.load(inverse_rms + row, mask=row < rows, other=0.0)
@@ -135,7 +136,8 @@ def _inverse_rms(hidden, out, columns, eps, WIDTH: tl.constexpr):
     """A program a row."""
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
-    value = tl.load(hidden + row.to(tl.int64) * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+    value = tl.load(hidden + row.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
+    value = value.to(tl.float32)
     tl.store(out + row, 1 / tl.sqrt(tl.sum(value * value) / columns + eps))
 
 

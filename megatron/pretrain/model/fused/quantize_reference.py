@@ -59,7 +59,7 @@ def transpose(data: Tensor, out: Tensor) -> None:
 
 
 def to_fp8(scaled: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 -> fp8, to the nearest and then to even, held within the finite numbers; what is not finite is NaN."""
+    """fp32 -> fp8, to the nearest, ties to even, held within the finite numbers; infinities are NaN."""
     largest = torch.finfo(dtype).max
     return torch.where(scaled.isfinite(), scaled.clamp(-largest, largest), torch.nan).to(dtype)
 

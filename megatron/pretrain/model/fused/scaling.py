@@ -67,8 +67,9 @@ class AmaxHistory:
     a value that is not finite is forgotten, rather than kept in the window for 1024 steps; and the first step
     scales by what it sees rather than by 1, which would flush small gradients to zero.
 
-    All tensors share one history and one vector of scales, so that an update is a few kernels and one collective
-    for a whole model, and never waits for the device. Scales follow from the history alone: a checkpoint holds that.
+    All tensors share one history and one vector of scales, so that an update is a few kernels and one
+    collective for a whole model, and never waits for the device. Scales follow from the history alone, which is
+    what a checkpoint holds.
     """
 
     def __init__(self, formats: Sequence[torch.dtype], device: torch.device) -> None:
