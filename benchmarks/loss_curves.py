@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +59,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     start = options.scratch / "start"
     train(options, "local", start, "--exit-interval", "1")
-    curves = []
-    for number, arm in enumerate(track(options.arm, "arms", console=Console(stderr=True))):
-        folder = options.scratch / f"arm_{number}"
-        train(options, arm, folder, "--load", str(start / "checkpoint"))
-        records = read_metrics(folder / METRICS_FILE)
-        curves.append(Curve(arm, [record["lm_loss"] for record in records],
-                            statistics.median(record["elapsed_ms_per_iteration"] for record in records)))
+    folders = [options.scratch / f"arm_{number}" for number in range(len(options.arm))]
+    with ThreadPoolExecutor(max_workers=len(folders) if options.at_once else 1) as runs:
+        ended = runs.map(lambda arm, folder: curve(options, arm, folder, start), options.arm, folders)
+        curves = list(track(ended, "arms", total=len(folders), console=Console(stderr=True)))
     return 0 if report(curves) else 1
 
 
@@ -77,6 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help=f"iterations of each arm ({LAST} or more)")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--at-once", action="store_true", help="all arms side by side: their ms a step mean nothing")
     parser.add_argument("--peer-path", metavar="FOLDER", help="where transformer_engine is installed, if apart")
     options = parser.parse_args(arguments)
     options.arm = options.arm or list(ARMS)
@@ -85,6 +84,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.scratch.exists() and any(options.scratch.iterdir()):
         raise UserError(f"--scratch {options.scratch}: not empty; name an empty or new folder")
     return options
+
+
+def curve(options: argparse.Namespace, arm: str, folder: Path, start: Path) -> Curve:
+    """Train one arm from the checkpoint in `start`."""
+    train(options, arm, folder, "--load", str(start / "checkpoint"))
+    records = read_metrics(folder / METRICS_FILE)
+    return Curve(arm, [record["lm_loss"] for record in records],
+                 statistics.median(record["elapsed_ms_per_iteration"] for record in records))
 
 
 def train(options: argparse.Namespace, arm: str, folder: Path, *flags: str) -> None:

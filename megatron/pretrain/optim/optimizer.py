@@ -68,12 +68,18 @@ def global_grad_norm(optimizer: MegatronOptimizer) -> float:
     """The 2-norm of all gradients over every rank that holds a part of them, with one read of the device."""
     squares = []
     for part in parts(optimizer):
-        grads = part.get_main_grads_for_grad_norm()
+        grads = _grads_for_norm(part)
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         square = norm.float().square().to(torch.cuda.current_device())
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
         squares.append(square)
     return math.sqrt(float(torch.stack(squares).sum()))
+
+
+def _grads_for_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients that this rank answers for; megatron-core 0.19 has renamed the method."""
+    renamed = getattr(part, "get_grads_for_grad_norm", None)
+    return renamed() if renamed else part.get_main_grads_for_grad_norm()
 
 
 def _clip(part: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:

@@ -22,7 +22,7 @@ from megatron.pretrain.model.fused.quantize import Gated, GatedGradient, Quantiz
 class Fp8GatedMLP(MLP):
     """residual + W2 (silu(Wg x) * Wu x) as `mlp.GatedMLP`, with W1 = [Wg; Wu] on each rank."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__(config, MLPSubmodules(linear_fc1=Fp8ColumnLinear, linear_fc2=Fp8RowLinear),
                          ffn_hidden_size=config.ffn_hidden_size)
         self.recompute = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules

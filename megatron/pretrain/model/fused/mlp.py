@@ -21,7 +21,7 @@ from megatron.pretrain.model.fused.products import weight_gradient
 class GatedMLP(MLP):
     """residual + W2 (silu(Wg x) * Wu x) (Shazeer 2020, arXiv:2002.05202), with W1 = [Wg; Wu] on each rank."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__(config, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
                          ffn_hidden_size=config.ffn_hidden_size)
         self.gate = gate_for(kernels_for(self.linear_fc1.weight.device, config.params_dtype))
