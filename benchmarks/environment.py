@@ -23,8 +23,17 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     found["CUDA"] = torch.version.cuda or "none"
     if torch.cuda.is_available():
-        found["cuDNN"] = str(torch.backends.cudnn.version())
+        found["cuDNN"] = _cudnn_version()
     return found
+
+
+def _cudnn_version() -> str:
+    import torch
+
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # another package has loaded another cuDNN than torch was built with
+        return str(error).partition(". ")[0]
 
 
 def machine() -> dict[str, str]:
