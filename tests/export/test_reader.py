@@ -40,7 +40,7 @@ def test_every_tensor_is_what_torch_reads(name: str, request: pytest.FixtureRequ
     for key, tensor in expected.items():
         read = checkpoint.read(key)
         assert torch.equal(read, tensor)
-        assert (tuple(read.shape), read.dtype) == (checkpoint.shape(key), checkpoint.dtype(key))
+        assert (tuple(read.shape), read.dtype) == (checkpoint.shape(key), checkpoint.dtype(key).of_torch)
 
 
 def test_layers_with_names_of_their_own_read_the_same(

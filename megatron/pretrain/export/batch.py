@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -53,8 +52,6 @@ class Result:
 def main(argv: Sequence[str]) -> int | None:
     """The entry of neo/scripts/batch_convert_ckpt.py."""
     flags = _parser().parse(argv)
-    # torch then takes large tensors' memory in large pages: half the work, where tensors come and go.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if flags.generate_config:
         write_template(flags.generate_config)
         print(f"wrote {flags.generate_config}: fill it in, then run with --config {flags.generate_config}")
@@ -145,16 +142,14 @@ def _chosen(config: BatchConfig, by_billions: bool) -> list[Job]:
 
 def _options(flags: argparse.Namespace, config: BatchConfig | None) -> Options:
     """What the flags say, or else the configuration."""
-    import torch
-
     from megatron.pretrain.export.convert import Options
+    from megatron.pretrain.export.elements import WEIGHT_TYPES
 
     vocab_size, tokenizer, dtype = flags.vocab_size, flags.tokenizer_dir, flags.dtype
     if config is not None:
         vocab_size, tokenizer = vocab_size or config.vocab_size, tokenizer or config.tokenizer
         dtype = dtype or {None: None, True: "bf16", False: "fp32"}[config.bf16]
-    dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Options(vocab_size, tokenizer, dtypes[dtype], flags.max_shard_size, flags.architecture)
+    return Options(vocab_size, tokenizer, dtype and WEIGHT_TYPES[dtype], flags.max_shard_size, flags.architecture)
 
 
 def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:
