@@ -324,7 +324,8 @@ def print_speed(rows: list) -> None:
               f"| {ratio(copies, runs, 'seconds', 'seconds')} "
               f"| {ratio(copies, runs, 'seconds', 'working_seconds')} "
               f"| {ratio(copies, runs, 'synced_seconds', 'synced_seconds')} "
-              f"| {spread([run.cpu_seconds for run in copies])} | {spread([run.cpu_seconds for run in runs])} |")
+              f"| {spread([run.cpu_seconds for run in copies])} "
+              f"| {spread([run.cpu_seconds for run in runs])} |")
 
 
 def print_memory(rows: list) -> None:
@@ -336,7 +337,8 @@ def print_memory(rows: list) -> None:
 
 def print_all_at_once(run: Run) -> None:
     print(f"\nall at once, with save_pretrained, warm: {run.seconds:.1f} s "
-          f"({run.working_seconds:.1f} s at work), {run.synced_seconds:.1f} s until on the disk; peak {run.peak_bytes / 1e9:.2f} GB, "
+          f"({run.working_seconds:.1f} s at work), {run.synced_seconds:.1f} s until on the disk, "
+          f"{run.cpu_seconds:.1f} s CPU; peak {run.peak_bytes / 1e9:.2f} GB, "
           f"own {run.own_bytes / 1e9:.2f} GB")
 
 

@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     plan = plan_import(flags.hf_dir, ImportOptions(
         tokenizer_path=flags.tokenizer_model, tokenizer_type=flags.tokenizer_type,
-        tokenizer_legacy=flags.tokenizer_sentencepiece_legacy, dtype=flags.dtype and WEIGHT_TYPES[flags.dtype],
-        for_megatron_lm=flags.for_megatron_lm))
+        tokenizer_legacy=flags.tokenizer_sentencepiece_legacy,
+        dtype=flags.dtype and WEIGHT_TYPES[flags.dtype], for_megatron_lm=flags.for_megatron_lm))
     shape, tokenizer = plan.shape, plan.tokenizer_config
     print(f"{plan.architecture.name}: {shape.num_layers} layers of {shape.hidden_size}, "
           f"{shape.vocab_size:,} rows of vocabulary, padded to {shape.padded_vocab_size:,}; "

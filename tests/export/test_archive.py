@@ -18,7 +18,8 @@ from megatron.pretrain.export.pickles import Call, Made, Named, pickled
 
 @pytest.mark.parametrize("tensor", [
     torch.arange(6, dtype=torch.float32).view(2, 3), torch.zeros(1, 40, 7, dtype=torch.bfloat16),
-    torch.ones(300, dtype=torch.float16), torch.arange(70000, dtype=torch.int64)], ids=lambda one: str(one.dtype))
+    torch.ones(300, dtype=torch.float16), torch.arange(70000, dtype=torch.int64)],
+    ids=lambda one: str(one.dtype))
 def test_torch_reads_the_tensor(tensor: torch.Tensor, tmp_path):
     archive = TensorArchive(tuple(tensor.shape), ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")])
     elements = tensor.view(-1).view(torch.uint8).numpy().tobytes()

@@ -109,6 +109,15 @@ def test_a_truncated_index_is_refused(damaged):
         TorchDistCheckpoint(damaged)
 
 
+@pytest.mark.parametrize("field", ["size", "chunks", "properties"])
+def test_an_index_that_lacks_a_field_is_refused(field: str, damaged):
+    metadata = dcp.FileSystemReader(damaged).read_metadata()
+    delattr(metadata.state_dict_metadata["output_layer.weight"], field)
+    (damaged / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=rf"\.metadata is refused.*'{field}'"):
+        TorchDistCheckpoint(damaged)
+
+
 def test_a_missing_shard_is_named(damaged):
     (damaged / "__0_0.distcp").unlink()
     with pytest.raises(UserError, match=r"__0_0\.distcp is missing"):

@@ -14,8 +14,8 @@
     torch_dist_writer, archive, pickles  how that is written
     batch, batch_config, choose, jobs    many, chosen by the tokens they have seen
 
-Nothing here needs a GPU, a process group or the training code. Only `verify` and `forward`, which compute, load
-torch: that takes longer than to copy gigabytes.
+Nothing here needs a GPU, a process group or the training code. Only `verify` and `forward`, which compute,
+load torch: that takes longer than to copy gigabytes.
 """
 
 EXPORT_FILE = "export.json"

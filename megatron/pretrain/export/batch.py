@@ -87,8 +87,8 @@ def _parser() -> FlagParser:
                         help="leave folders that exist as they are; without it they are an error")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--verify", action="store_true",
-                        help="before a folder gets its name: hold what was read against the checkpoint's "
-                             "checksums, read each tensor back from the disk, and where memory allows compare "
+                        help="before a folder gets its name: hold the checkpoint against its checksums, read "
+                             "each tensor back from the disk and compare it, and where memory allows compare "
                              "the logits of both sides on a sample text")
     parser.add_argument("--jobs", type=positive_number, default=1, metavar="N",
                         help="checkpoints to convert at once, each in a process of its own (default: 1)")
@@ -100,7 +100,9 @@ def _parser() -> FlagParser:
                         help="MistralForCausalLM, say (default: LlamaForCausalLM; Qwen3ForCausalLM where "
                              "queries and keys have norms)")
     parser.add_argument("--vocab-size", type=positive_number, metavar="N",
-                        help="vocabulary rows to keep; over VOCAB_SIZE (default: those that were trained)")
+                        help="vocabulary rows to keep; over VOCAB_SIZE (default: one for each id of the "
+                             "tokenizer). Rows that only pad are dropped; on the way back to Megatron others "
+                             "are made up. To have the same ones again give the padded number, such as 64256")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
                         help="the tokenizer's file or folder; over TOKENIZER_DIR (default: as the run)")
     single = parser.add_argument_group("one checkpoint, without a configuration")
@@ -149,7 +151,8 @@ def _options(flags: argparse.Namespace, config: BatchConfig | None) -> Options:
     if config is not None:
         vocab_size, tokenizer = vocab_size or config.vocab_size, tokenizer or config.tokenizer
         dtype = dtype or {None: None, True: "bf16", False: "fp32"}[config.bf16]
-    return Options(vocab_size, tokenizer, dtype and WEIGHT_TYPES[dtype], flags.max_shard_size, flags.architecture)
+    return Options(vocab_size, tokenizer, dtype and WEIGHT_TYPES[dtype], flags.max_shard_size,
+                   flags.architecture)
 
 
 def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:

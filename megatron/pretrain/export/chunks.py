@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -50,7 +51,9 @@ class SavedTensor:
 
     @property
     def offset_bytes(self) -> int:
-        """Where it begins in its storage. Raises ValueError unless its elements lie row after row."""
+        """Where it begins in its storage. Raises ValueError unless its elements lie there row after row."""
+        if self.offset < 0 or min(self.size, default=1) < 0:
+            raise ValueError("its elements lie outside")
         expected = 1
         for length, step in zip(reversed(self.size), reversed(self.stride)):
             if length > 1 and step != expected:
@@ -87,7 +90,7 @@ def find_chunk(path: Path, offset_bytes: int, length_bytes: int) -> tuple[SavedT
         _check_byte_order(archive, root.replace("data.pkl", "byteorder"))
         entry = archive.getinfo(root.replace("data.pkl", f"data/{saved.storage.key}"))
         record = find_record(path, part, entry, offset_bytes)
-    if saved.offset_bytes + _size_bytes(saved) > record.size_bytes:
+    if saved.offset_bytes + math.prod(saved.size) * saved.storage.dtype.size_bytes > record.size_bytes:
         raise ValueError("its elements are cut off")
     return saved, record
 
@@ -163,13 +166,6 @@ def _saved(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[
 
 def _of_parameter(saved: SavedTensor, *_: Any) -> SavedTensor:
     return saved
-
-
-def _size_bytes(saved: SavedTensor) -> int:
-    size_bytes = saved.storage.dtype.size_bytes
-    for length in saved.size:
-        size_bytes *= length
-    return size_bytes
 
 
 def _check_byte_order(archive: zipfile.ZipFile, name: str) -> None:

@@ -190,7 +190,7 @@ def _match(checkpoint: Checkpoint, architecture: Architecture,
 
 
 def _apply(rule: Rule, rows: int, shape: ModelShape) -> Iterator[tuple[str, list[range]]]:
-    """Each Hugging Face tensor of the rule, and the rows of Megatron's, which has so many, that it consists of."""
+    """Each Hugging Face tensor of the rule, and which of the `rows` of Megatron's it consists of."""
     return zip(rule.hf, rule.hf_rows(rows, shape), strict=True)
 
 

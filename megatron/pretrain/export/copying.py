@@ -1,7 +1,8 @@
 """Rows of tensors that lie in files, written to their places in other files, by several threads at once.
 
-Each thread reads and writes through a small buffer of its own, so memory does not grow with the model. Reading,
-writing and checksums all leave the interpreter free for the other threads.
+Each thread reads and writes through a small buffer of its own, so memory does not grow with the model.
+Reading, writing and checksums leave the interpreter free for the other threads. Like `cp`, it does not wait
+for the disk: a verification does, which reads back what it finds there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The index of a torch_dist checkpoint, `.metadata`, read without torch and without running what it names.
 
 It is a pickle of objects of torch.distributed.checkpoint, which takes seconds to load: a name of its format
-comes as a record of its fields, any other is refused, and nothing but those records and tuples is ever called.
+comes as a record of its fields, any other is refused, and nothing but those records and tuples is called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pretrain.errors import UserError
-from megatron.pretrain.export.elements import ELEMENT_TYPES
+from megatron.pretrain.export.elements import ELEMENT_TYPES, ElementType
 
 METADATA_FILE = ".metadata"
 
@@ -120,10 +120,23 @@ def read_index(folder: Path) -> Index:
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
-        index.state_dict_metadata.items(), index.storage_data.items()
+        _check(index)
     except _DAMAGED as problem:
         raise UserError(f"{path} is refused, it is no checkpoint index or a damaged one: {problem}") from None
     return index
+
+
+def _check(index: Index) -> None:
+    """Raises one of _DAMAGED where a field that a reader needs is missing or of another kind."""
+    for entry in index.state_dict_metadata.values():
+        if isinstance(entry, TensorEntry):
+            described = [entry.size, *(chunk.sizes for chunk in entry.chunks),
+                         *(chunk.offsets for chunk in entry.chunks)]
+            if len({len(lengths) for lengths in described}) > 1 or not isinstance(
+                    entry.properties.dtype, ElementType):
+                raise ValueError("its sizes and types contradict each other")
+    for key, place in index.storage_data.items():
+        key.fqn, place.relative_path, place.offset + place.length
 
 
 def _what_it_is_instead(folder: Path) -> str:

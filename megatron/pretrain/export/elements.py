@@ -45,7 +45,7 @@ _LARGEST_FP16 = 65504.0
 
 
 def convert(elements: memoryview, source: ElementType, target: ElementType, name: str) -> Elements:
-    """`elements` of type `source` as type `target`, both of WEIGHT_TYPES; rounded to the nearest, ties to even.
+    """`elements` of type `source` as type `target`, both of WEIGHT_TYPES; rounded to nearest, ties to even.
 
     Raises UserError, which calls the tensor `name`, where a number would become infinite in fp16.
     """
@@ -55,8 +55,8 @@ def convert(elements: memoryview, source: ElementType, target: ElementType, name
     if target == FP16:
         largest = np.max(np.abs(numbers), initial=0.0, where=np.isfinite(numbers))
         if largest > _LARGEST_FP16:
-            raise UserError(f"{name} holds {largest:g}, and fp16 ends at {_LARGEST_FP16:g}: take bf16 or fp32 "
-                            "(--dtype)")
+            raise UserError(f"{name} holds {largest:g}, and fp16 ends at {_LARGEST_FP16:g}: take bf16 or "
+                            "fp32 (--dtype)")
     return narrowed(numbers, target)
 
 

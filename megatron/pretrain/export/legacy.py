@@ -126,8 +126,8 @@ class LegacyCheckpoint:
 
     def _misfit(self, name: str) -> UserError:
         return UserError(f"{self.folder}: the ranks' parts of {name}, "
-                         f"{[list(shard.saved.size) for shard in self._shards[name]]}, do not fit together: they "
-                         "are not of one run")
+                         f"{[list(shard.saved.size) for shard in self._shards[name]]}, do not fit together: "
+                         "they are not of one run")
 
 
 def is_legacy(folder: Path) -> bool:

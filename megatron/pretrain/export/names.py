@@ -24,7 +24,8 @@ class Rule:
     `megatron` holds every spelling of the tensor's name: Transformer Engine fuses a norm into the
     linear layer after it, and Megatron-LM saves the norms of plain layers under those names too. The
     last one is written. `megatron_shape` gives the tensor's shape; None is an axis of any length.
-    `rows` says which rows of the Hugging Face tensors it consists of, `cut` how tensor-parallel ranks share it.
+    `rows` says of which rows of the Hugging Face tensors it consists, `cut` how tensor-parallel ranks share
+    it.
     """
 
     megatron: tuple[str, ...]
@@ -34,7 +35,7 @@ class Rule:
     cut: weights.Cut = weights.copies
 
     def hf_rows(self, rows: int, shape: ModelShape) -> list[list[range]]:
-        """For each Hugging Face tensor the rows of Megatron's, of which there are `rows`, that it is made of."""
+        """For each Hugging Face tensor those of Megatron's `rows` that it consists of."""
         taken: list[list[range]] = [[] for _ in self.hf]
         at = 0
         for part in self.rows(rows, shape):

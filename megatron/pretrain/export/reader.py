@@ -108,8 +108,8 @@ class TorchDistCheckpoint:
                 _, record = self._find(key, chunk)
                 if not record.is_intact():
                     place = self._stored(key, chunk)
-                    raise UserError(f"{record.path}: {key} at byte {place.offset:,} is not what was saved there "
-                                    "(its CRC-32 differs): the checkpoint is damaged")
+                    raise UserError(f"{record.path}: {key} at byte {place.offset:,} is not what was saved "
+                                    "there (its CRC-32 differs): the checkpoint is damaged")
 
     def _chunks(self, slot: _Slot) -> Iterator[Chunk]:
         for chunk in self._tensors[slot.key].chunks:

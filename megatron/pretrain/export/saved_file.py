@@ -1,8 +1,8 @@
 """A file that `torch.save` wrote, read without running anything that it names.
 
-Plain values come as they are; a tensor comes as what says where its elements lie; an object of Megatron's or numpy's own classes, of which a checkpoint holds many and a conversion
-needs none, comes as something inert. A name of any other module is refused, and nothing but containers is
-ever called.
+Plain values come as they are; a tensor comes as what says where its elements lie; an object of Megatron's or
+numpy's own classes, of which a checkpoint holds many and a conversion needs none, comes as something inert. A
+name of any other module is refused, and nothing but containers is ever called.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * self.dtype.size_bytes
 
     def read_rows(self, first: int, buffer: memoryview, files: OpenFiles) -> None:
-        """Fill `buffer`, bytes of whole rows, with the rows from `first` on. Raises UserError as `files` does."""
+        """Fill `buffer`, bytes of whole rows, with the rows from `first` on. Raises UserError like `files`."""
         end = first + len(buffer) // self.row_bytes
         for block in self.blocks:
             low, high = max(first, block.row), min(end, block.row + block.rows)

@@ -1,8 +1,8 @@
 """Pure rules between a tensor of Megatron's layout and tensors of Hugging Face's, in both directions.
 
-A rule says of which rows of which Hugging Face tensors Megatron's tensor consists, one after the other: what
-is read from one side is written to the other, whichever way. A `cut_*` says where in the whole tensor the
-parts lie that tensor-parallel ranks hold of it. Rows and columns are counted here; nothing is read or written.
+A rule says of which rows of which Hugging Face tensors Megatron's tensor consists, one after the other: so
+one statement serves both ways. A `cut_*` says where in the whole tensor the parts lie that tensor-parallel
+ranks hold of it. Rows and columns are counted here; nothing is read or written.
 """
 
 from __future__ import annotations
