@@ -21,7 +21,7 @@ except ModuleNotFoundError as missing:
 
 DESCRIPTION = """\
 Turn a Hugging Face folder (config.json and .safetensors) into a checkpoint that training starts from, with
-any tensor- and pipeline-parallel size. No GPU is needed, and memory for one tensor.
+any tensor- and pipeline-parallel size. No GPU is needed, and little memory.
 
 Llama, Mistral (without a sliding window) and, for Megatron-LM, Qwen3. The vocabulary is padded again; added
 rows are the mean of the others."""
