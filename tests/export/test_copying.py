@@ -88,3 +88,32 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path):
     (tmp_path / "pieces").unlink()
     with pytest.raises(UserError, match="pieces cannot be read at byte 0: No such file"):
         copy((Rows(tensor, 0, 700),), tmp_path / "target")
+
+
+MANY_ROWS = """
+import resource, sys
+from pathlib import Path
+from megatron.pretrain.export.copying import Copy, Rows, copy_all
+from megatron.pretrain.export.elements import BF16, FP32
+from megatron.pretrain.export.stored import Block, stored_tensor
+
+def peak_kb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+source, target = map(Path, sys.argv[1:])
+halves = [Block(source, half * 10**8, 0, 25_000, 4_000, half * 4_000) for half in range(2)]
+tensor = stored_tensor((25_000, 2_000), FP32, halves)
+before_kb = peak_kb()
+copied, = copy_all([Copy("a tensor", target, 0, (Rows(tensor, 0, 25_000),), BF16)], checksums=True)
+assert copied.size_bytes == 10**8
+assert peak_kb() - before_kb < 16_000, f"{peak_kb() - before_kb} kB more"
+assert "torch" not in sys.modules
+"""
+
+
+def test_memory_does_not_grow_with_the_tensor(run_tool, tmp_path):
+    (tmp_path / "source").touch()
+    os.truncate(tmp_path / "source", 2 * 10**8)    # zeros that take no disk
+    (tmp_path / "target").touch()
+    outcome = run_tool("-c", MANY_ROWS, tmp_path / "source", tmp_path / "target")
+    assert outcome.returncode == 0, outcome.stderr

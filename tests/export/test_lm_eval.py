@@ -13,8 +13,8 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs lm-eval: pip install 'lm-eval[hf]'", allow_module_level=True)
 
 
-def test_it_scores_the_folder(trained_models, run_tool, tmp_path):
-    run_conversion(plan_conversion(trained_models / "gqa/iter_0000100", Options()), tmp_path / "hf")
+def test_it_scores_the_folder(written, run_tool, tmp_path):
+    run_conversion(plan_conversion(written, Options()), tmp_path / "hf")
     outcome = run_tool(
         "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'hf'},dtype=float32",
         "--tasks", "sums", "--include_path", "benchmarks/lm_eval", "--device", "cpu",
