@@ -158,7 +158,6 @@ def weight_bytes(folder: Path) -> int:
 
 def work(kind: str, source: Path, target: Path, shard_bytes: int) -> dict[str, float]:
     """Do it, and say what it took. `working_seconds` leaves the start of Python and torch out."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # as the entries do
     peak = PeakMemory()
     seconds = WORK[kind](source, target, shard_bytes)
     return {"working_seconds": seconds, "peak_bytes": status_bytes("VmHWM"), "own_bytes": peak.stop()}
@@ -189,6 +188,7 @@ def all_at_once(source: Path, target: Path, shard_bytes: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron.pretrain.export.convert import Options, plan_conversion
+    from megatron.pretrain.export.elements import BF16
     from megatron.pretrain.export.hf_config import SpecialIds, config_json
 
     plan = plan_conversion(source, Options(tokenizer_path=TOKENIZER))
@@ -200,10 +200,11 @@ def all_at_once(source: Path, target: Path, shard_bytes: int) -> float:
     for name, rule in plan.rules:
         key = name.split(".")
         tensor = (content[".".join(key[:2] + key[3:])][int(key[2])] if key[1] == "layers" else content[name])
-        weights |= zip(rule.hf, rule.to_hf(tensor, plan.shape))
+        for hf_name, rows in zip(rule.hf, rule.hf_rows(len(tensor), plan.shape)):
+            weights[hf_name] = torch.cat([tensor[some.start:some.stop] for some in rows])
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(LlamaConfig(**config_json(
-        plan.architecture, plan.shape, SpecialIds(1, 2, 2), torch.bfloat16)))
+        plan.architecture, plan.shape, SpecialIds(1, 2, 2), BF16)))
     model.load_state_dict(weights)
     model.save_pretrained(target, max_shard_size=shard_bytes)
     return time.perf_counter() - started
@@ -323,7 +324,8 @@ def print_speed(rows: list) -> None:
               f"| {ratio(copies, runs, 'seconds', 'seconds')} "
               f"| {ratio(copies, runs, 'seconds', 'working_seconds')} "
               f"| {ratio(copies, runs, 'synced_seconds', 'synced_seconds')} "
-              f"| {spread([run.cpu_seconds for run in copies])} | {spread([run.cpu_seconds for run in runs])} |")
+              f"| {spread([run.cpu_seconds for run in copies])} "
+              f"| {spread([run.cpu_seconds for run in runs])} |")
 
 
 def print_memory(rows: list) -> None:
@@ -335,7 +337,8 @@ def print_memory(rows: list) -> None:
 
 def print_all_at_once(run: Run) -> None:
     print(f"\nall at once, with save_pretrained, warm: {run.seconds:.1f} s "
-          f"({run.working_seconds:.1f} s at work), {run.synced_seconds:.1f} s until on the disk; peak {run.peak_bytes / 1e9:.2f} GB, "
+          f"({run.working_seconds:.1f} s at work), {run.synced_seconds:.1f} s until on the disk, "
+          f"{run.cpu_seconds:.1f} s CPU; peak {run.peak_bytes / 1e9:.2f} GB, "
           f"own {run.own_bytes / 1e9:.2f} GB")
 
 

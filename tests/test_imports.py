@@ -24,7 +24,8 @@ FLOORS = (
 )
 
 LIGHT_MODULES = ("errors", "config", "checks", "cli", "plan", "tokenizer", "data.indexed", "data.preprocess",
-                 "data.mixture", "model.flops", "optim.schedule")
+                 "data.mixture", "export.batch", "export.jobs", "export.to_megatron", "model.flops",
+                 "optim.schedule")
 
 
 def module_files() -> dict[str, Path]:

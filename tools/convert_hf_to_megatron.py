@@ -12,6 +12,8 @@ try:
     from megatron.pretrain.data.flags import FlagParser
     from megatron.pretrain.data.progress import ByteProgress
     from megatron.pretrain.errors import UserError, entry
+    from megatron.pretrain.export.elements import WEIGHT_TYPES
+    from megatron.pretrain.export.to_megatron import ImportOptions, plan_import, run_import
     from megatron.pretrain.tokenizer import SENTENCEPIECE_TYPES
 except ModuleNotFoundError as missing:
     print(f"error: {missing}: run `pip install -e .` in the repository's folder", file=sys.stderr)
@@ -19,7 +21,7 @@ except ModuleNotFoundError as missing:
 
 DESCRIPTION = """\
 Turn a Hugging Face folder (config.json and .safetensors) into a checkpoint that training starts from, with
-any tensor- and pipeline-parallel size. No GPU is needed, and memory for one tensor.
+any tensor- and pipeline-parallel size. No GPU is needed, and little memory.
 
 Llama, Mistral (without a sliding window) and, for Megatron-LM, Qwen3. The vocabulary is padded again; added
 rows are the mean of the others."""
@@ -37,17 +39,11 @@ examples:
 
 def main(argv: Sequence[str]) -> None:
     flags = _parse(argv)
-    # torch takes a second to load: a mistake in the flags is told before.
-    import torch
-
-    from megatron.pretrain.export.to_megatron import ImportOptions, plan_import, run_import
-
-    dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     started = time.monotonic()
     plan = plan_import(flags.hf_dir, ImportOptions(
         tokenizer_path=flags.tokenizer_model, tokenizer_type=flags.tokenizer_type,
-        tokenizer_legacy=flags.tokenizer_sentencepiece_legacy, dtype=dtypes[flags.dtype],
-        for_megatron_lm=flags.for_megatron_lm))
+        tokenizer_legacy=flags.tokenizer_sentencepiece_legacy,
+        dtype=flags.dtype and WEIGHT_TYPES[flags.dtype], for_megatron_lm=flags.for_megatron_lm))
     shape, tokenizer = plan.shape, plan.tokenizer_config
     print(f"{plan.architecture.name}: {shape.num_layers} layers of {shape.hidden_size}, "
           f"{shape.vocab_size:,} rows of vocabulary, padded to {shape.padded_vocab_size:,}; "
@@ -79,7 +75,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
                         help="default: SentencePieceTokenizer for a .model file, else HuggingFaceTokenizer")
     parser.add_argument("--tokenizer-sentencepiece-legacy", action="store_true",
                         help="the NEO fork's vocabulary: <CLS> <SEP> <EOD> <MASK> <PAD> after the pieces")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
+    parser.add_argument("--dtype", choices=tuple(WEIGHT_TYPES),
                         help="type of the weights (default: as they are)")
     parser.add_argument("--verify", action="store_true",
                         help="read each tensor back and compare it with the folder's, bit by bit")

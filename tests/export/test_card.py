@@ -13,6 +13,7 @@ import yaml
 from megatron.pretrain.checkpoint.manifest import read_manifest
 from megatron.pretrain.export import card
 from megatron.pretrain.export.card import model_card
+from megatron.pretrain.export.elements import BF16
 from megatron.pretrain.export.shape import model_shape
 
 
@@ -26,11 +27,12 @@ def rows(text: str) -> dict[str, str]:
 
 
 def card_of(manifest) -> str:
-    return model_card(manifest, model_shape(manifest, 1000), "LlamaForCausalLM", torch.bfloat16, 214336, "mine")
+    return model_card(manifest, model_shape(manifest, 1000), "LlamaForCausalLM", BF16, 214336, "mine")
 
 
 def test_the_card_says_from_what_the_model_was_made(manifest, repository):
-    manifest = dataclasses.replace(manifest, mixture_hash="ab" * 32, versions={"torch": "2.9", "te": "absent"})
+    versions = {"torch": "2.9", "te": "absent"}
+    manifest = dataclasses.replace(manifest, mixture_hash="ab" * 32, versions=versions)
     said = rows(card_of(manifest))
     assert said["iteration"] == "100" and said["tokens seen"] == "102,400"
     assert said["mixture (SHA-256)"] == f"`{'ab' * 32}`"

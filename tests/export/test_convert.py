@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import runpy
+import struct
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.chunks import find_chunk
 from megatron.pretrain.export.convert import Options, Plan, plan_conversion, run_conversion
+from megatron.pretrain.export.elements import FP16, FP32
 
 GREEDY = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
 
@@ -68,7 +72,7 @@ def test_layout_leaves_no_trace(trained_models, trained_tp2_pp2, tmp_path):
 def test_the_saved_type_is_kept_unless_another_is_asked_for(trained_models, tmp_path):
     source = trained_models / "bf16/iter_0000100"
     convert(source, tmp_path / "kept")
-    convert(source, tmp_path / "fp32", dtype=torch.float32)
+    convert(source, tmp_path / "fp32", dtype=FP32)
     kept, fp32 = weights(tmp_path / "kept"), weights(tmp_path / "fp32")
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in fp32.values()} == {torch.float32}
@@ -149,7 +153,7 @@ def test_a_conversion_that_fails_leaves_nothing(damaged, tmp_path):
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(UserError, match=r"output_layer\.weight at byte 0 cannot be read"):
         convert(damaged, tmp_path / "out/hf")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_nothing(written, tmp_path):
@@ -195,11 +199,21 @@ def test_a_checkpoint_without_run_json_is_refused(damaged):
         plan_conversion(damaged, Options())
 
 
-def test_fp16_is_refused_where_a_weight_is_beyond_it(written, tmp_path, monkeypatch):
-    plan = plan_conversion(written, Options(dtype=torch.float16))
-    read = plan.checkpoint.read
-    monkeypatch.setattr(plan.checkpoint, "read", lambda name, **checked: read(name, **checked) * 1e6)
-    with pytest.raises(UserError, match=r"embed_tokens\.weight holds .*fp16 ends at 65504: take bf16 or fp32"):
+def elements_of(folder: Path, key: str) -> tuple[Path, int]:
+    """The file and the byte at which the only chunk of a tensor begins."""
+    places = dcp.FileSystemReader(folder).read_metadata().storage_data
+    info, = (info for index, info in places.items() if index.fqn == key)
+    _, record = find_chunk(folder / info.relative_path, info.offset, info.length)
+    return record.path, record.offset_bytes
+
+
+def test_fp16_is_refused_where_a_weight_is_beyond_it(damaged, tmp_path):
+    path, at = elements_of(damaged, "embedding.word_embeddings.weight")
+    with path.open("r+b") as file:
+        file.seek(at + 64)
+        file.write(struct.pack("<f", -7e4))
+    plan = plan_conversion(damaged, Options(dtype=FP16))
+    with pytest.raises(UserError, match=r"embed_tokens\.weight holds 70000, .*fp16 ends at 65504: take bf16"):
         run_conversion(plan, tmp_path / "out/hf")
     assert not list((tmp_path / "out").iterdir())
 

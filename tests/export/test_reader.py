@@ -40,7 +40,7 @@ def test_every_tensor_is_what_torch_reads(name: str, request: pytest.FixtureRequ
     for key, tensor in expected.items():
         read = checkpoint.read(key)
         assert torch.equal(read, tensor)
-        assert (tuple(read.shape), read.dtype) == (checkpoint.shape(key), checkpoint.dtype(key))
+        assert (tuple(read.shape), read.dtype) == (checkpoint.shape(key), checkpoint.dtype(key).of_torch)
 
 
 def test_layers_with_names_of_their_own_read_the_same(
@@ -106,6 +106,15 @@ def test_a_truncated_index_is_refused(damaged):
     path = damaged / ".metadata"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="is refused"):
+        TorchDistCheckpoint(damaged)
+
+
+@pytest.mark.parametrize("field", ["size", "chunks", "properties"])
+def test_an_index_that_lacks_a_field_is_refused(field: str, damaged):
+    metadata = dcp.FileSystemReader(damaged).read_metadata()
+    delattr(metadata.state_dict_metadata["output_layer.weight"], field)
+    (damaged / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=rf"\.metadata is refused.*'{field}'"):
         TorchDistCheckpoint(damaged)
 
 

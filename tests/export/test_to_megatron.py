@@ -18,6 +18,7 @@ from transformers import (
 from megatron.pretrain.checkpoint.manifest import find_checkpoint, read_manifest
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export.convert import Options, plan_conversion, run_conversion
+from megatron.pretrain.export.elements import BF16
 from megatron.pretrain.export.hf_config import read_config
 from megatron.pretrain.export.names import ARCHITECTURES
 from megatron.pretrain.export.reader import TorchDistCheckpoint
@@ -107,8 +108,8 @@ def test_run_json_describes_the_model(tiny_tokenizer, tmp_path):
 
 def test_the_type_may_be_another(tiny_tokenizer, tmp_path):
     source = make(tmp_path / "hf", tiny_tokenizer)
-    checkpoint = TorchDistCheckpoint(to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16))
-    assert {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.bfloat16}
+    checkpoint = TorchDistCheckpoint(to_megatron(source, tmp_path / "megatron", dtype=BF16))
+    assert {checkpoint.dtype(name) for name in checkpoint.names()} == {BF16}
     norm = weights(source)["model.norm.weight"]
     assert torch.equal(checkpoint.read("decoder.final_layernorm.weight"), norm.bfloat16())
 
@@ -156,7 +157,7 @@ def test_a_checkpoint_of_two_iterations_is_refused(tiny_tokenizer, tmp_path):
     make(source, tiny_tokenizer, max_shard_size="1GB")
     save_file(moved, source / "model.safetensors", metadata={"format": "pt"})
     other = to_megatron(source, tmp_path / "other")
-    shutil.copy(other / "__0_0.distcp", folder / "__0_0.distcp")
+    shutil.copy(other / "__0_1.distcp", folder / "__0_1.distcp")
     with pytest.raises(UserError, match="two iterations are mixed here"):
         plan_conversion(folder, Options())
 

@@ -1,14 +1,9 @@
-"""What vLLM's Llama loader reads of a folder, held without vLLM.
-
-vLLM (model_executor/models/llama.py, config.py) takes the shape from these keys of config.json; packs q, k, v
-into qkv_proj and gate, up into gate_up_proj by the names below; shards each by heads or columns over its ranks,
-so their sizes must follow from the keys; skips lm_head where the embedding is tied; pads the vocabulary itself;
-reads every *.safetensors that the index names; and takes the tokenizer by AutoTokenizer.
-"""
+"""What vLLM's Llama loader takes from a folder, held without vLLM; neo/README.md lists it, a line a test."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +30,12 @@ def shapes(folder) -> dict[str, list[int]]:
         with safe_open(path, "pt") as shard:
             found |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}
     return found
+
+
+def test_the_readme_lists_what_is_held_here(repository):
+    listed = re.findall(r"\(`(test_\w+)`\)", (repository / "neo/README.md").read_text(encoding="utf-8"))
+    held = [name for name in globals() if name.startswith("test_")]
+    assert listed == held[1:]
 
 
 def test_the_keys_of_the_shape(folder):

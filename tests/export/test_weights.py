@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron.pretrain.export import weights
-from megatron.pretrain.export.names import LLAMA
+from megatron.pretrain.export.names import LLAMA, Rule
 from megatron.pretrain.export.shape import ModelShape
 
 # 4 heads in 2 groups, head dimension 2: a group is 2 query heads, key, value = 8 rows.
@@ -15,31 +15,36 @@ SHAPE = ModelShape(
     tied_embeddings=False, vocab_size=6)
 
 
-def numbered_rows(count: int) -> torch.Tensor:
-    """[count, hidden], every element its row's number."""
-    return torch.arange(count).view(-1, 1).expand(count, SHAPE.hidden_size)
+def hf_rows(rule: Rule, rows: int) -> list[list[int]]:
+    """The rows of Megatron's tensor that each Hugging Face tensor of the rule consists of."""
+    return [[row for some in taken for row in some] for taken in rule.hf_rows(rows, SHAPE)]
 
 
-def rows_of(tensor: torch.Tensor) -> list[int]:
-    assert (tensor == tensor[:, :1]).all()
-    return tensor[:, 0].tolist()
+def rule_for(name: str) -> Rule:
+    return next(rule for rule in LLAMA.rules(SHAPE) if any(name in hf_name for hf_name in rule.hf))
 
 
 def test_query_key_and_value_lie_together_for_each_group():
-    query, key, value = weights.split_qkv(numbered_rows(16), SHAPE)
-    assert rows_of(query) == [0, 1, 2, 3, 8, 9, 10, 11]
-    assert rows_of(key) == [4, 5, 12, 13]
-    assert rows_of(value) == [6, 7, 14, 15]
+    query, key, value = hf_rows(rule_for("layers.1.self_attn.k_proj"), 16)
+    assert query == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert key == [4, 5, 12, 13]
+    assert value == [6, 7, 14, 15]
 
 
 def test_gate_comes_before_up():
-    gate, up = weights.split_gate_up(numbered_rows(8), SHAPE)
-    assert (rows_of(gate), rows_of(up)) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert rule_for("gate_proj").hf == (
+        "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    assert hf_rows(rule_for("gate_proj"), 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_only_padding_is_trimmed():
-    (kept,) = weights.trim_vocabulary(numbered_rows(9), SHAPE)
-    assert rows_of(kept) == [0, 1, 2, 3, 4, 5]
+def test_only_padding_is_left_out():
+    assert hf_rows(rule_for("embed_tokens"), 9) == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_ranks_hold_parts_of_the_gate_and_of_the_up_projection():
+    held = weights.cut_gate_and_up([(4, 8), (4, 8)])
+    assert [(one.rank, one.start, one.rows, one.row) for one in held] == [
+        (0, 0, 2, 0), (0, 2, 2, 4), (1, 0, 2, 2), (1, 2, 2, 6)]
 
 
 def test_the_table_names_each_tensor_of_transformers_llama_once():
@@ -52,6 +57,6 @@ def test_the_table_names_each_tensor_of_transformers_llama_once():
     made = []
     for rule in LLAMA.rules(SHAPE):
         size = [9 if length is None else length for length in rule.megatron_shape(SHAPE)]
-        tensors = rule.to_hf(torch.empty(size, device="meta"), SHAPE)
-        made += [(name, tensor.shape) for name, tensor in zip(rule.hf, tensors, strict=True)]
+        made += [(name, torch.Size([len(rows), *size[1:]]))
+                 for name, rows in zip(rule.hf, hf_rows(rule, size[0]), strict=True)]
     assert sorted(made) == sorted((name, tensor.shape) for name, tensor in model.state_dict().items())

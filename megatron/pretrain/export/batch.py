@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -53,8 +52,6 @@ class Result:
 def main(argv: Sequence[str]) -> int | None:
     """The entry of neo/scripts/batch_convert_ckpt.py."""
     flags = _parser().parse(argv)
-    # torch then takes large tensors' memory in large pages: half the work, where tensors come and go.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if flags.generate_config:
         write_template(flags.generate_config)
         print(f"wrote {flags.generate_config}: fill it in, then run with --config {flags.generate_config}")
@@ -90,8 +87,8 @@ def _parser() -> FlagParser:
                         help="leave folders that exist as they are; without it they are an error")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--verify", action="store_true",
-                        help="before a folder gets its name: hold what was read against the checkpoint's "
-                             "checksums, read each tensor back from the disk, and where memory allows compare "
+                        help="before a folder gets its name: hold the checkpoint against its checksums, read "
+                             "each tensor back from the disk and compare it, and where memory allows compare "
                              "the logits of both sides on a sample text")
     parser.add_argument("--jobs", type=positive_number, default=1, metavar="N",
                         help="checkpoints to convert at once, each in a process of its own (default: 1)")
@@ -103,7 +100,9 @@ def _parser() -> FlagParser:
                         help="MistralForCausalLM, say (default: LlamaForCausalLM; Qwen3ForCausalLM where "
                              "queries and keys have norms)")
     parser.add_argument("--vocab-size", type=positive_number, metavar="N",
-                        help="vocabulary rows to keep; over VOCAB_SIZE (default: those that were trained)")
+                        help="vocabulary rows to keep; over VOCAB_SIZE (default: one for each id of the "
+                             "tokenizer). Rows that only pad are dropped; on the way back to Megatron others "
+                             "are made up. To have the same ones again give the padded number, such as 64256")
     parser.add_argument("--tokenizer-dir", type=Path, metavar="PATH",
                         help="the tokenizer's file or folder; over TOKENIZER_DIR (default: as the run)")
     single = parser.add_argument_group("one checkpoint, without a configuration")
@@ -145,16 +144,15 @@ def _chosen(config: BatchConfig, by_billions: bool) -> list[Job]:
 
 def _options(flags: argparse.Namespace, config: BatchConfig | None) -> Options:
     """What the flags say, or else the configuration."""
-    import torch
-
     from megatron.pretrain.export.convert import Options
+    from megatron.pretrain.export.elements import WEIGHT_TYPES
 
     vocab_size, tokenizer, dtype = flags.vocab_size, flags.tokenizer_dir, flags.dtype
     if config is not None:
         vocab_size, tokenizer = vocab_size or config.vocab_size, tokenizer or config.tokenizer
         dtype = dtype or {None: None, True: "bf16", False: "fp32"}[config.bf16]
-    dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Options(vocab_size, tokenizer, dtypes[dtype], flags.max_shard_size, flags.architecture)
+    return Options(vocab_size, tokenizer, dtype and WEIGHT_TYPES[dtype], flags.max_shard_size,
+                   flags.architecture)
 
 
 def _run(jobs: Sequence[Job], options: Options, flags: argparse.Namespace) -> list[Result]:

@@ -6,9 +6,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from megatron.pretrain.checkpoint.manifest import Manifest, package_versions
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.shape import ModelShape
 
 _CARD = """\
@@ -38,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 {origin}"""
 
 
-def model_card(manifest: Manifest, shape: ModelShape, architecture: str, dtype: torch.dtype, parameters: int,
+def model_card(manifest: Manifest, shape: ModelShape, architecture: str, dtype: ElementType, parameters: int,
                name: str) -> str:
     """The card's text. `parameters` counts the numbers written; `name` is the folder's."""
     attention = f"{shape.num_attention_heads} heads of {shape.kv_channels}"
@@ -54,7 +53,7 @@ def model_card(manifest: Manifest, shape: ModelShape, architecture: str, dtype: 
         "context": f"{shape.max_position_embeddings:,} tokens",
         "rotary base": f"{shape.rotary_base:g}",
         "output layer": "shared with the embedding" if shape.tied_embeddings else "its own",
-        "type of the weights": f"`{str(dtype).removeprefix('torch.')}`",
+        "type of the weights": f"`{dtype.name}`",
     }
     origin = {
         "iteration": f"{manifest.iteration:,}",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from megatron.pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.legacy import LegacyCheckpoint, is_legacy
 from megatron.pretrain.export.megatron_args import manifest_of
 from megatron.pretrain.export.names import LLAMA, QWEN3, Architecture, find_architecture
 from megatron.pretrain.export.reader import TorchDistCheckpoint
 from megatron.pretrain.export.saved_file import SavedFile
+from megatron.pretrain.export.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMON_FILE = "common.pt"
 
@@ -31,14 +33,20 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> ElementType:
         """A tensor's type."""
 
     def check_files(self) -> None:
         """Raise UserError unless every file that the weights need is here in full length."""
 
-    def read(self, name: str, *, checked: bool = False) -> Tensor:
-        """The whole tensor on the CPU; `checked` against the checksums it was saved with."""
+    def tensor(self, name: str) -> StoredTensor:
+        """Where a tensor's rows lie. Raises UserError where the checkpoint is damaged."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor in memory."""
+
+    def check(self) -> None:
+        """Read everything, and hold it against the checksums it was saved with. Raises UserError."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -51,7 +51,8 @@ def find_saved(root: Path, seq_len: int | None, global_batch_size: int | None,
     saved, differing = [], []
     for iteration, folder in folders:
         if not (folder / ".metadata").is_file() and not any(folder.glob("mp_rank_*")):
-            warn(f"{folder} is left out: it is not a whole checkpoint (it has neither .metadata nor mp_rank_*)")
+            warn(f"{folder} is left out: it is not a whole checkpoint (it has neither .metadata nor "
+                 "mp_rank_*)")
             continue
         counted = _consumed_tokens(folder)
         if counted is None and tokens_an_iteration is None:

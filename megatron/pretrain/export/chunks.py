@@ -1,84 +1,42 @@
-"""One chunk of a `.distcp` file as a tensor whose elements stay on the disk until they are used.
+"""Where in a file the elements of a tensor lie that `torch.save` wrote there.
 
-A chunk is what `torch.save` made of one tensor: a zip archive, not compressed, with a small pickle that says
-type and shape, and the elements as they lie in memory. Mapped instead of loaded they cost no memory of the
-process's own and are copied once, by whoever writes them elsewhere. The pickle is read by a reader that
-knows the few names of a plain tensor and calls nothing else.
+What `torch.save` makes of a tensor, a chunk of a `.distcp` file for one, is a zip archive, not compressed,
+with a small pickle that says type and shape, and the elements as they lie in memory. The pickle is read by a
+reader that knows the few names of a plain tensor and calls nothing else.
 """
 
 from __future__ import annotations
 
 import collections
 import io
-import mmap
+import math
 import pickle
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
+from megatron.pretrain.export.elements import ELEMENT_TYPES, ElementType
+from megatron.pretrain.export.stored import checksum
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
               struct.error, zipfile.BadZipFile, NotImplementedError, pickle.UnpicklingError)
-"""What `map_chunk` raises for a file that is damaged or was not written by `torch.save`."""
+"""What `find_chunk` raises for a file that is damaged or was not written by `torch.save`."""
 
-_STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-             "BoolStorage": torch.bool}
-LOCAL_HEADER = struct.Struct("<4s22xHH")    # signature, ..., bytes of the name, bytes of what follows it
+STORAGE_NAMES = {
+    "bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float32": "FloatStorage",
+    "float64": "DoubleStorage", "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage",
+    "int8": "CharStorage", "uint8": "ByteStorage", "bool": "BoolStorage"}
+"""What torch calls the memory of a tensor, by the type of its elements."""
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """A tensor, its elements as they lie in the file, and the CRC-32 they had when they were saved."""
-
-    tensor: Tensor
-    content: memoryview
-    saved_crc32: int
-
-    def is_intact(self) -> bool:
-        """Whether the elements are those that were saved; reads them all."""
-        return zlib.crc32(self.content) == self.saved_crc32
-
-
-def map_chunk(path: Path, offset_bytes: int, length_bytes: int) -> Chunk:
-    """The tensor that `torch.save` wrote to `length_bytes` of the file from `offset_bytes` on.
-
-    The tensor holds the mapping: it is given back when the last view of it goes. Raises one of UNREADABLE.
-    """
-    start = offset_bytes - offset_bytes % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        window = _Window(file.fileno(), offset_bytes + length_bytes - start, access=mmap.ACCESS_COPY,
-                         offset=start)
-    window.madvise(mmap.MADV_SEQUENTIAL)
-    # zipfile finds the archive from its end, so what precedes it in the first page does no harm.
-    archive = zipfile.ZipFile(window)
-    root = next(name for name in (*archive.namelist(), "") if name.endswith("/data.pkl") or not name)
-    saved = TensorUnpickler(io.BytesIO(archive.read(root))).load()
-    if not isinstance(saved, SavedTensor):
-        raise ValueError(f"it holds no tensor but {type(saved).__name__}")
-    _check_byte_order(archive, root.replace("data.pkl", "byteorder"))
-    entry = archive.getinfo(root.replace("data.pkl", f"data/{saved.storage.key}"))
-    content = _content(window, entry)
-    elements = torch.frombuffer(content, dtype=saved.storage.dtype)
-    return Chunk(elements.as_strided(saved.size, saved.stride, saved.offset), content, entry.CRC)
-
-
-class _Window(mmap.mmap):
-    """A mapped part of a file that zipfile can read; Python 3.13's has the method."""
-
-    def seekable(self) -> bool:
-        return True
+_STORAGES = {storage: ELEMENT_TYPES[name] for name, storage in STORAGE_NAMES.items()}
+_LOCAL_HEADER = struct.Struct("<4s22xHH")    # signature, ..., bytes of the name, bytes of what follows it
 
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: torch.dtype
+    dtype: ElementType
     key: str
 
 
@@ -90,6 +48,96 @@ class SavedTensor:
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where it begins in its storage. Raises ValueError unless its elements lie there row after row."""
+        if self.offset < 0 or min(self.size, default=1) < 0:
+            raise ValueError("its elements lie outside")
+        expected = 1
+        for length, step in zip(reversed(self.size), reversed(self.stride)):
+            if length > 1 and step != expected:
+                raise ValueError("its elements do not lie row after row")
+            expected *= length
+        return self.offset * self.storage.dtype.size_bytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """The bytes of a storage in a file, and the CRC-32 they had when they were saved."""
+
+    path: Path
+    offset_bytes: int
+    size_bytes: int
+    saved_crc32: int
+
+    def is_intact(self) -> bool:
+        """Whether the bytes are those that were saved; reads them all."""
+        return checksum(self.path, self.offset_bytes, self.size_bytes) == self.saved_crc32
+
+
+def find_chunk(path: Path, offset_bytes: int, length_bytes: int) -> tuple[SavedTensor, Record]:
+    """The tensor that `torch.save` wrote to `length_bytes` of the file from `offset_bytes` on, and its bytes.
+
+    Raises one of UNREADABLE.
+    """
+    with path.open("rb") as file, _Part(file, offset_bytes, length_bytes) as part:
+        archive = zipfile.ZipFile(part)
+        root = pickle_name(archive)
+        saved = TensorUnpickler(io.BytesIO(archive.read(root))).load()
+        if not isinstance(saved, SavedTensor):
+            raise ValueError(f"it holds no tensor but {type(saved).__name__}")
+        _check_byte_order(archive, root.replace("data.pkl", "byteorder"))
+        entry = archive.getinfo(root.replace("data.pkl", f"data/{saved.storage.key}"))
+        record = find_record(path, part, entry, offset_bytes)
+    if saved.offset_bytes + math.prod(saved.size) * saved.storage.dtype.size_bytes > record.size_bytes:
+        raise ValueError("its elements are cut off")
+    return saved, record
+
+
+def pickle_name(archive: zipfile.ZipFile) -> str:
+    """The name of the archive's pickle, or nothing."""
+    return next(name for name in (*archive.namelist(), "") if name.endswith("/data.pkl") or not name)
+
+
+def find_record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, start_bytes: int = 0) -> Record:
+    """The entry's bytes in the file at `path`, in which the archive `file` begins at `start_bytes`."""
+    file.seek(entry.header_offset)
+    signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    if signature != b"PK\3\4" or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its elements are compressed or lost")
+    first = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+    return Record(path, start_bytes + first, entry.file_size, entry.CRC)
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file that zipfile can read."""
+
+    def __init__(self, file: BinaryIO, offset_bytes: int, length_bytes: int) -> None:
+        self._file, self._offset_bytes, self._length_bytes, self._at = file, offset_bytes, length_bytes, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length_bytes}[whence]
+        if base + offset < 0:
+            raise OSError("before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length_bytes - self._at)
+        self._file.seek(self._offset_bytes + self._at)
+        content = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(content)
+        return content
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -123,15 +171,3 @@ def _of_parameter(saved: SavedTensor, *_: Any) -> SavedTensor:
 def _check_byte_order(archive: zipfile.ZipFile, name: str) -> None:
     if name in archive.namelist() and archive.read(name) != b"little":
         raise ValueError("it was saved on a big-endian machine")
-
-
-def _content(window: _Window, entry: zipfile.ZipInfo) -> memoryview:
-    """The entry's bytes, without a copy."""
-    signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(window, entry.header_offset)
-    if signature != b"PK\3\4" or entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its elements are compressed or lost")
-    start = entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-    content = memoryview(window)[start:start + entry.file_size]
-    if len(content) != entry.file_size:
-        raise ValueError("its elements are cut off")
-    return content

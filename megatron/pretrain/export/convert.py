@@ -6,26 +6,28 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron.pretrain.checkpoint.manifest import Manifest
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import EXPORT_FILE
-from megatron.pretrain.export.ahead import one_ahead
 from megatron.pretrain.export.card import model_card
 from megatron.pretrain.export.checkpoints import Checkpoint, architecture_of, describe, open_checkpoint
-from megatron.pretrain.export.hf import TensorSpec, write_json, write_safetensors
+from megatron.pretrain.export.copying import Copy, Rows, copy_all
+from megatron.pretrain.export.elements import WEIGHT_TYPES, ElementType
+from megatron.pretrain.export.hf import TensorSpec, begin_safetensors, write_json
 from megatron.pretrain.export.hf_config import CONFIG_FILE, SpecialIds, config_json, generation_config
 from megatron.pretrain.export.names import Architecture, Rule
 from megatron.pretrain.export.shape import ModelShape, model_shape
 from megatron.pretrain.export.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
-from megatron.pretrain.export.verify import (
-    Verified, check_written, compare_logits, noting_checksums, transformers)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron.pretrain.export.verify import Verified
 
 _VOCABULARY = "VOCAB_SIZE (--vocab-size)"
 
@@ -36,7 +38,7 @@ class Options:
 
     vocab_size: int | None = None
     tokenizer_path: Path | None = None
-    dtype: torch.dtype | None = None
+    dtype: ElementType | None = None
     max_shard_bytes: int = 5 * 10**9
     architecture: str | None = None
 
@@ -78,10 +80,11 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
     shape = model_shape(manifest, _vocabulary(manifest, options.vocab_size))
     rules = tuple(_match(checkpoint, architecture, shape))
     specs = tuple(
-        TensorSpec(hf_name, tuple(tensor.shape), options.dtype or tensor.dtype)
+        TensorSpec(hf_name, (sum(map(len, rows)), *checkpoint.shape(name)[1:]),
+                   options.dtype or checkpoint.dtype(name))
         for name, rule in rules
-        for hf_name, tensor in _apply(rule, _on_meta(checkpoint, name), shape))
-    _check_rows(specs, shape)
+        for hf_name, rows in _apply(rule, checkpoint.shape(name)[0], shape))
+    _check_rows(checkpoint.shape(rules[0][0])[0], shape)
     checkpoint.check_files()
     return Plan(checkpoint, manifest, architecture, shape, rules, specs, tokenizer, options.max_shard_bytes)
 
@@ -90,23 +93,27 @@ def run_conversion(plan: Plan, target: Path, on_bytes: Callable[[int], None] = l
                    *, verify: bool = False) -> Verified | None:
     """Write `target`, which must not exist, whole or not at all; `on_bytes` hears of each tensor written.
 
-    With `verify` the folder gets its name only after what was read has been held against the checkpoint's own
-    checksums, what was written against what was read, and the logits of both sides against each other.
+    With `verify` the folder gets its name only after the checkpoint has been held against its own checksums,
+    what was written, read back from the disk, against it, and the logits of both sides against each other.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it, or name another folder")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    checksums: dict[str, int] = {}
-    tensors = _stream(plan, checked=verify)
     if verify:
-        transformers()    # or its absence would be told when all is written
-        tensors = noting_checksums(tensors, checksums)
+        # Its torch and transformers take seconds to load; that one is missing should be told before.
+        from megatron.pretrain.export.verify import transformers
+
+        transformers()
+    sources = dict(_sources(plan))
     try:
         partial.mkdir(parents=True)
-        for size_bytes in write_safetensors(partial, plan.specs, one_ahead(tensors), plan.max_shard_bytes):
-            on_bytes(size_bytes)
+        places = begin_safetensors(partial, plan.specs, plan.max_shard_bytes)
+        copies = [Copy(place.spec.name, place.path, place.offset_bytes, sources[place.spec.name],
+                       place.spec.dtype) for place in places]
+        for copied in copy_all(copies, checksums=False):
+            on_bytes(copied.size_bytes)
         _write_descriptions(plan, partial, target.name)
-        verified = _verify(plan, partial, checksums) if verify else None
+        verified = _verify(plan, partial) if verify else None
         partial.rename(target)
         return verified
     except OSError as problem:
@@ -115,11 +122,25 @@ def run_conversion(plan: Plan, target: Path, on_bytes: Callable[[int], None] = l
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _verify(plan: Plan, folder: Path, checksums: Mapping[str, int]) -> Verified:
-    check_written(folder, plan.specs, checksums)
+def _verify(plan: Plan, folder: Path) -> Verified:
+    from megatron.pretrain.export.verify import Verified, check_written, compare_logits
+
+    plan.checkpoint.check()
+    check_written(folder, plan.specs, _meant(plan))
     off, why_not = compare_logits(folder, plan.checkpoint.read, plan.checkpoint.names(), plan.shape,
                                   plan.specs[0].dtype, plan.parameters)
     return Verified(len(plan.specs), off, why_not)
+
+
+def _meant(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """What each tensor of the folder should be, put together by torch in memory."""
+    import torch
+
+    types = {spec.name: spec.dtype.of_torch for spec in plan.specs}
+    for name, rule in plan.rules:
+        whole = plan.checkpoint.read(name)
+        for hf_name, rows in _apply(rule, len(whole), plan.shape):
+            yield hf_name, torch.cat([whole[some.start:some.stop] for some in rows]).to(types[hf_name])
 
 
 def _check_iteration(folder: Path, manifest: Manifest) -> None:
@@ -138,8 +159,7 @@ def _vocabulary(manifest: Manifest, wanted: int | None) -> int:
     return trained if wanted is None else wanted
 
 
-def _check_rows(specs: Sequence[TensorSpec], shape: ModelShape) -> None:
-    saved = specs[0].shape[0]
+def _check_rows(saved: int, shape: ModelShape) -> None:
     if saved < shape.vocab_size:
         raise UserError(f"{_VOCABULARY} is {shape.vocab_size}, but the checkpoint has only {saved} rows "
                         "with its padding: leave it out, and those that were trained are kept")
@@ -160,35 +180,26 @@ def _match(checkpoint: Checkpoint, architecture: Architecture,
             raise UserError(f"{folder}: {name} has shape {list(saved)}, but a model as run.json describes "
                             f"it has {['any' if e is None else e for e in expected]}: "
                             "the two do not belong together")
+        if checkpoint.dtype(name) not in WEIGHT_TYPES.values():
+            raise UserError(f"{folder}: {name} is of type {checkpoint.dtype(name).name}; only "
+                            f"{', '.join(WEIGHT_TYPES)} can be converted")
         yield name, rule
     if left_over:
         raise UserError(f"{folder} has {next(iter(left_over))}, for which a {architecture.name} as run.json "
                         "describes it has no place: only such models can be converted")
 
 
-def _on_meta(checkpoint: Checkpoint, name: str) -> Tensor:
-    return torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta")
+def _apply(rule: Rule, rows: int, shape: ModelShape) -> Iterator[tuple[str, list[range]]]:
+    """Each Hugging Face tensor of the rule, and which of the `rows` of Megatron's it consists of."""
+    return zip(rule.hf, rule.hf_rows(rows, shape), strict=True)
 
 
-def _apply(rule: Rule, tensor: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    return zip(rule.hf, rule.to_hf(tensor, shape), strict=True)
-
-
-def _stream(plan: Plan, *, checked: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as it is to be written, in the order of the plan."""
-    specs = iter(plan.specs)
+def _sources(plan: Plan) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    """What each tensor is made of. Raises UserError where the checkpoint is damaged."""
     for name, rule in plan.rules:
-        for hf_name, tensor in _apply(rule, plan.checkpoint.read(name, checked=checked), plan.shape):
-            yield hf_name, _cast(hf_name, tensor, next(specs).dtype)
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float16 != tensor.dtype:
-        largest = tensor.abs().amax().item()
-        if torch.finfo(dtype).max < largest < math.inf:
-            raise UserError(f"{name} holds {largest:g}, and fp16 ends at {torch.finfo(dtype).max:g}: "
-                            "take bf16 or fp32 (--dtype)")
-    return tensor.to(dtype).contiguous()
+        tensor = plan.checkpoint.tensor(name)
+        for hf_name, rows in _apply(rule, tensor.shape[0], plan.shape):
+            yield hf_name, tuple(Rows(tensor, some.start, some.stop) for some in rows)
 
 
 def _write_descriptions(plan: Plan, folder: Path, name: str) -> None:
@@ -206,7 +217,7 @@ def _write_descriptions(plan: Plan, folder: Path, name: str) -> None:
         "mixture_hash": manifest.mixture_hash,
         "tokenizer_fingerprint": manifest.tokenizer["fingerprint"],
         "vocab_size": plan.shape.vocab_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype.name,
     })
     card = model_card(manifest, plan.shape, plan.architecture.name, dtype, plan.parameters, name)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,18 +1,18 @@
-"""Safetensors written as a stream, with their index."""
+"""Where every tensor goes in a folder of .safetensors, and all of those files but the tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
-import torch
-from torch import Tensor
 
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+from megatron.pretrain.export.elements import ElementType
+from megatron.pretrain.export.hf_reader import INDEX_FILE, SAFETENSORS_TYPES, SINGLE_FILE
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: ElementType
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.size_bytes
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,31 +34,36 @@ def write_json(path: Path, content: Any) -> None:
     path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The elements' bytes in the order of the indices; a copy only where they do not lie so."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's elements are to lie."""
+
+    spec: TensorSpec
+    path: Path
+    offset_bytes: int
 
 
-def write_safetensors(folder: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]],
-                      max_shard_bytes: int) -> Iterator[int]:
-    """Write `tensors`, which come in the order of `specs`, to shards in `folder`, with their index.
+def begin_safetensors(folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[Place]:
+    """Write the shards' headers and their index to `folder`, and say where in which shard each tensor goes.
 
-    A shard's header states every offset, and `specs` knows them all beforehand: so each tensor goes to
-    the disk as it comes, and none is held here. Yields the bytes of each tensor written.
+    A header states every offset, and `specs` knows them all beforehand: so tensors may be written in any
+    order. They come first shard by shard's first, then each shard's second, and so on, that those who write
+    several at once write to several files.
     """
     shards = _fill_shards(specs, max_shard_bytes)
     file_names = _shard_names(len(shards))
-    stream = iter(tensors)
+    places = []
     for file_name, shard in zip(file_names, shards):
-        with (folder / file_name).open("wb") as file:
-            file.write(_header(shard))
-            for spec in shard:
-                yield _write_tensor(file, spec, *next(stream))
+        header = _header(shard)
+        (folder / file_name).write_bytes(header)
+        offsets_bytes = accumulate((spec.size_bytes for spec in shard), initial=len(header))
+        places.append([Place(spec, folder / file_name, at) for spec, at in zip(shard, offsets_bytes)])
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {
+        write_json(folder / INDEX_FILE, {
             "metadata": {"total_size": sum(spec.size_bytes for spec in specs)},
             "weight_map": {spec.name: file_name
                            for file_name, shard in zip(file_names, shards) for spec in shard}})
+    return [place for across in zip_longest(*places) for place in across if place is not None]
 
 
 def _fill_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -75,7 +80,7 @@ def _fill_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list
 
 def _shard_names(count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
@@ -85,15 +90,9 @@ def _header(shard: Sequence[TensorSpec]) -> bytes:
     offset_bytes = 0
     for spec in shard:
         end_bytes = offset_bytes + spec.size_bytes
-        entries[spec.name] = {"dtype": _SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape,
+        entries[spec.name] = {"dtype": SAFETENSORS_TYPES[spec.dtype], "shape": spec.shape,
                               "data_offsets": [offset_bytes, end_bytes]}
         offset_bytes = end_bytes
     text = orjson.dumps(entries)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(file: BinaryIO, spec: TensorSpec, name: str, tensor: Tensor) -> int:
-    if (name, tuple(tensor.shape), tensor.dtype) != (spec.name, spec.shape, spec.dtype):
-        raise RuntimeError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {spec} was announced")
-    return file.write(bytes_of(tensor))

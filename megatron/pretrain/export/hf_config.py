@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import torch
 
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.names import ARCHITECTURES, Architecture
 from megatron.pretrain.export.shape import ModelShape
 
 CONFIG_FILE = "config.json"
-
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class SpecialIds:
 
 
 def config_json(architecture: Architecture, shape: ModelShape, ids: SpecialIds,
-                dtype: torch.dtype) -> dict[str, Any]:
+                dtype: ElementType) -> dict[str, Any]:
     """The content of config.json.
 
     The base of the rotary embedding and the type are there twice, as transformers 4 and 5 name them.
@@ -54,8 +52,8 @@ def config_json(architecture: Architecture, shape: ModelShape, ids: SpecialIds,
         "tie_word_embeddings": shape.tied_embeddings,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
-        "torch_dtype": DTYPE_NAMES[dtype],
-        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": dtype.name,
+        "dtype": dtype.name,
         "use_cache": True,
     }
 

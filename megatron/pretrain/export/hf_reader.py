@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.elements import BF16, FP16, FP32, ElementType
+from megatron.pretrain.export.stored import Block, StoredTensor
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_TYPES = {BF16: "BF16", FP16: "F16", FP32: "F32"}
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
+_MOST_HEADER_BYTES = 100_000_000    # as the safetensors library allows
 # Tables that old versions of transformers saved although they follow from the configuration.
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"
 
@@ -25,6 +28,7 @@ class _Entry:
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    offset_bytes: int
 
 
 class HfFolder:
@@ -46,11 +50,15 @@ class HfFolder:
         """Names of all weights, as `model.layers.0.mlp.up_proj.weight`."""
         return list(self._entries)
 
+    def path(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self._entries[name].path
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
         return self._entries[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> ElementType:
         """A tensor's type. Raises UserError for one of a quantized model."""
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
@@ -60,17 +68,15 @@ class HfFolder:
 
     def size_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(math.prod(entry.shape) * self.dtype(name).itemsize
+        return sum(math.prod(entry.shape) * self.dtype(name).size_bytes
                    for name, entry in self._entries.items())
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, mapped; the file is let go with the tensor, so no other stays in memory."""
-        path = self._entries[name].path
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as problem:
-            raise UserError(f"{path}: {name} cannot be read ({problem}): the file is damaged") from None
+    def tensor(self, name: str) -> StoredTensor:
+        """Where the tensor's rows lie. Raises UserError as `dtype` does."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        row_bytes = math.prod(entry.shape[1:]) * dtype.size_bytes
+        return StoredTensor(entry.shape, dtype, (
+            Block(entry.path, entry.offset_bytes, row=0, rows=entry.shape[0], row_bytes=row_bytes),))
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
@@ -100,9 +106,31 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if not path.is_file():
         raise UserError(f"{path} is missing: {INDEX_FILE} says that weights lie in it")
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys() if not name.endswith(_NOT_WEIGHTS)}
-            return {name: _Entry(path, tuple(one.get_shape()), one.get_dtype())
-                    for name, one in slices.items()}
-    except (SafetensorError, OSError) as problem:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > min(_MOST_HEADER_BYTES, path.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            content = orjson.loads(file.read(header_bytes))
+        return dict(_entries(path, 8 + header_bytes, content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} is truncated or no .safetensors file ({problem})") from None
+
+
+def _entries(path: Path, start_bytes: int, content: dict[str, Any]) -> Iterator[tuple[str, _Entry]]:
+    """The tensors of a header, whose elements begin at `start_bytes`. Raises ValueError where the file is not
+    as long as it says."""
+    last_byte = start_bytes
+    for name, said in content.items():
+        if name == "__metadata__":
+            continue
+        first, end = said["data_offsets"]
+        shape, dtype = tuple(said["shape"]), said["dtype"]
+        if not 0 <= first <= end or not all(isinstance(length, int) for length in shape):
+            raise ValueError(f"{name} lies nowhere")
+        if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].size_bytes != end - first:
+            raise ValueError(f"the size of {name} is not that of its shape")
+        last_byte = max(last_byte, start_bytes + end)
+        if not name.endswith(_NOT_WEIGHTS):
+            yield name, _Entry(path, shape, dtype, start_bytes + first)
+    if path.stat().st_size != last_byte:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes, its header says {last_byte:,}")

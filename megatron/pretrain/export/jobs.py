@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import progress
 from rich.console import Console
 
@@ -54,7 +53,7 @@ def convert_all(tasks: Sequence[Task], jobs: int) -> list[Outcome]:
 
 
 def _in_processes(tasks: Sequence[Task], jobs: int, advance: Callable[[int, int], None]) -> list[Outcome]:
-    # A forked process would inherit torch's threads as locks that nobody holds any more.
+    # A forked process would inherit the display's threads as locks that nobody holds any more.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with context.Manager() as manager:
@@ -62,7 +61,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int, advance: Callable[[int, int]
         listener = threading.Thread(target=_listen, args=(messages, advance))
         listener.start()
         try:
-            with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as workers:
+            with ProcessPoolExecutor(jobs, context, _compute_with, (threads,)) as workers:
                 return list(workers.map(partial(_attempt_and_tell, messages), range(len(tasks)), tasks))
         except BrokenProcessPool:
             raise UserError("a process that converted was killed, for want of memory perhaps: take less than "
@@ -70,6 +69,11 @@ def _in_processes(tasks: Sequence[Task], jobs: int, advance: Callable[[int, int]
         finally:
             messages.put(None)
             listener.join()
+
+
+def _compute_with(threads: int) -> None:
+    """Let torch, where a verification loads it, take so many threads."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _listen(messages: Any, advance: Callable[[int, int], None]) -> None:

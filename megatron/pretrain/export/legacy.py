@@ -12,16 +12,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron.pretrain.errors import UserError
-from megatron.pretrain.export import weights
 from megatron.pretrain.export.chunks import SavedTensor
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.names import rule_of
 from megatron.pretrain.export.saved_file import SavedFile
+from megatron.pretrain.export.stored import StoredTensor, stored_tensor
+from megatron.pretrain.export.weights import Held, copies
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -52,9 +54,6 @@ class _Shard:
     file: SavedFile
     saved: SavedTensor
 
-    def on_meta(self) -> Tensor:
-        return torch.empty(self.saved.size, dtype=self.saved.storage.dtype, device="meta")
-
 
 class LegacyCheckpoint:
     """The weights in one iteration's folder, under the names that megatron-core gives them today."""
@@ -79,9 +78,14 @@ class LegacyCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, whole."""
-        return tuple(self._join(name, [shard.on_meta() for shard in self._shards[name]]).shape)
+        held, first = self._held(name), self._shards[name][0].saved.size
+        rows = max(one.row + one.rows for one in held)
+        if len(first) == 1:
+            return (rows,)
+        columns = max(one.column + self._shards[name][one.rank].saved.size[1] for one in held)
+        return (rows, columns, *first[2:])
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> ElementType:
         """A tensor's type."""
         return self._shards[name][0].saved.storage.dtype
 
@@ -95,23 +99,35 @@ class LegacyCheckpoint:
                 raise UserError(f"{self.folder}: the ranks' parts of {name} differ in type: they are not of "
                                 "one run")
 
-    def read(self, name: str, *, checked: bool = False) -> Tensor:
-        """The whole tensor on the CPU; mapped where one rank holds it all, else put together."""
+    def tensor(self, name: str) -> StoredTensor:
+        """Where a tensor's rows lie. Raises UserError where the ranks' parts do not fit together."""
         shards = self._shards[name]
-        if checked:
+        blocks = [shards[held.rank].file.block(shards[held.rank].saved, held) for held in self._held(name)]
+        try:
+            return stored_tensor(self.shape(name), self.dtype(name), blocks)
+        except ValueError:
+            raise self._misfit(name) from None
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor in memory."""
+        return self.tensor(name).load()
+
+    def check(self) -> None:
+        """Hold every rank's part against the CRC-32 it was saved with. Raises UserError where one differs."""
+        for shards in self._shards.values():
             for shard in shards:
                 shard.file.check(shard.saved)
-        return self._join(name, [shard.file.tensor(shard.saved) for shard in shards])
 
-    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
-        rule = rule_of(name)
-        join = weights.join_copies if rule is None or len(parts) == 1 else rule.join
-        try:
-            return join(parts)
-        except (RuntimeError, ValueError):
-            raise UserError(f"{self.folder}: the ranks' parts of {name}, "
-                            f"{[list(part.shape) for part in parts]}, do not fit together: they are not of "
-                            "one run") from None
+    def _held(self, name: str) -> list[Held]:
+        rule, shapes = rule_of(name), [shard.saved.size for shard in self._shards[name]]
+        if len({len(shape) for shape in shapes}) > 1:
+            raise self._misfit(name)
+        return (copies if rule is None or len(shapes) == 1 else rule.cut)(shapes)
+
+    def _misfit(self, name: str) -> UserError:
+        return UserError(f"{self.folder}: the ranks' parts of {name}, "
+                         f"{[list(shard.saved.size) for shard in self._shards[name]]}, do not fit together: "
+                         "they are not of one run")
 
 
 def is_legacy(folder: Path) -> bool:

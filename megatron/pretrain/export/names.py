@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import weights
@@ -26,15 +24,25 @@ class Rule:
     `megatron` holds every spelling of the tensor's name: Transformer Engine fuses a norm into the
     linear layer after it, and Megatron-LM saves the norms of plain layers under those names too. The
     last one is written. `megatron_shape` gives the tensor's shape; None is an axis of any length.
-    `join` puts together what tensor-parallel ranks hold of it.
+    `rows` says of which rows of the Hugging Face tensors it consists, `cut` how tensor-parallel ranks share
+    it.
     """
 
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
     megatron_shape: Callable[[ModelShape], tuple[int | None, ...]]
-    to_hf: Callable[[Tensor, ModelShape], tuple[Tensor, ...]] = weights.same
-    to_megatron: Callable[[Sequence[Tensor], ModelShape], tuple[Tensor, ...]] = weights.stack
-    join: Callable[[Sequence[Tensor]], Tensor] = weights.join_copies
+    rows: weights.Rows = weights.same
+    cut: weights.Cut = weights.copies
+
+    def hf_rows(self, rows: int, shape: ModelShape) -> list[list[range]]:
+        """For each Hugging Face tensor those of Megatron's `rows` that it consists of."""
+        taken: list[list[range]] = [[] for _ in self.hf]
+        at = 0
+        for part in self.rows(rows, shape):
+            end = at + part.stop - part.start
+            taken[part.tensor].append(range(at, end))
+            at = end
+        return taken
 
     def at(self, layer: int) -> Rule:
         """The rule of one layer."""
@@ -57,7 +65,7 @@ def _vocabulary(shape: ModelShape) -> tuple[int | None, ...]:
 EMBEDDING = Rule(
     ("embedding.word_embeddings.weight",),
     ("model.embed_tokens.weight",),
-    _vocabulary, weights.trim_vocabulary, weights.pad_vocabulary, weights.join_rows)
+    _vocabulary, weights.vocabulary, weights.cut_rows)
 
 LAYER = (
     Rule(("decoder.layers.{layer}.input_layernorm.weight",
@@ -69,11 +77,11 @@ LAYER = (
           "model.layers.{layer}.self_attn.k_proj.weight",
           "model.layers.{layer}.self_attn.v_proj.weight"),
          lambda s: ((s.num_attention_heads + 2 * s.num_query_groups) * s.kv_channels, s.hidden_size),
-         weights.split_qkv, weights.merge_qkv, weights.join_rows),
+         weights.grouped_qkv, weights.cut_rows),
     Rule(("decoder.layers.{layer}.self_attention.linear_proj.weight",),
          ("model.layers.{layer}.self_attn.o_proj.weight",),
          lambda s: (s.hidden_size, s.num_attention_heads * s.kv_channels),
-         join=weights.join_columns),
+         cut=weights.cut_columns),
     Rule(("decoder.layers.{layer}.pre_mlp_layernorm.weight",
           "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight"),
          ("model.layers.{layer}.post_attention_layernorm.weight",),
@@ -82,11 +90,11 @@ LAYER = (
          ("model.layers.{layer}.mlp.gate_proj.weight",
           "model.layers.{layer}.mlp.up_proj.weight"),
          lambda s: (2 * s.ffn_hidden_size, s.hidden_size),
-         weights.split_gate_up, join=weights.join_gate_up),
+         weights.gate_and_up, weights.cut_gate_and_up),
     Rule(("decoder.layers.{layer}.mlp.linear_fc2.weight",),
          ("model.layers.{layer}.mlp.down_proj.weight",),
          lambda s: (s.hidden_size, s.ffn_hidden_size),
-         join=weights.join_columns),
+         cut=weights.cut_columns),
 )
 
 # A norm on each head's query and key (Dehghani et al. 2023, arXiv:2302.05442).
@@ -104,7 +112,7 @@ FINAL_NORM = Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), _
 OUTPUT = Rule(
     ("output_layer.weight",),
     ("lm_head.weight",),
-    _vocabulary, weights.trim_vocabulary, weights.pad_vocabulary, weights.join_rows)
+    _vocabulary, weights.vocabulary, weights.cut_rows)
 
 
 @dataclass(frozen=True)

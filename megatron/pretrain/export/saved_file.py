@@ -1,27 +1,26 @@
 """A file that `torch.save` wrote, read without running anything that it names.
 
-Plain values come as they are; a tensor comes as the place where its elements lie, to be mapped when it is
-wanted; an object of Megatron's or numpy's own classes, of which a checkpoint holds many and a conversion
-needs none, comes as something inert. A name of any other module is refused, and nothing but containers is
-ever called.
+Plain values come as they are; a tensor comes as what says where its elements lie; an object of Megatron's or
+numpy's own classes, of which a checkpoint holds many and a conversion needs none, comes as something inert. A
+name of any other module is refused, and nothing but containers is ever called.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import mmap
+import math
 import pickle
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron.pretrain.errors import UserError
-from megatron.pretrain.export.chunks import LOCAL_HEADER, UNREADABLE, SavedTensor, TensorUnpickler
+from megatron.pretrain.export.chunks import (
+    UNREADABLE, SavedTensor, TensorUnpickler, find_record, pickle_name)
+from megatron.pretrain.export.elements import ELEMENT_TYPES
+from megatron.pretrain.export.stored import Block
+from megatron.pretrain.export.weights import Held
 
 # Whose classes a checkpoint of Megatron-LM names: enumerations among its arguments, random states, signals.
 _INERT_MODULES = {"_codecs", "_io", "amp_C", "apex", "collections", "datetime", "enum", "io", "megatron",
@@ -30,18 +29,18 @@ _CONTAINERS = {"set": set, "frozenset": frozenset, "slice": slice, "complex": co
 
 
 class SavedFile:
-    """The content of one file; its tensors are `SavedTensor`s until `tensor` maps them."""
+    """The content of one file; its tensors are `SavedTensor`s, whose elements stay in the file."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is missing, truncated, of another kind, or would run code."""
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                root = next(name for name in (*names, "") if name.endswith("/data.pkl") or not name)
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                root = pickle_name(archive)
                 self.content: Any = _SavedUnpickler(io.BytesIO(archive.read(root))).load()
-                self._records = {name.removeprefix(root.replace("data.pkl", "data/")): archive.getinfo(name)
-                                 for name in names}
+                storages = root.replace("data.pkl", "data/")
+                self._records = {entry.filename.removeprefix(storages): find_record(path, file, entry)
+                                 for entry in archive.infolist() if entry.filename.startswith(storages)}
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except zipfile.BadZipFile:
@@ -52,35 +51,23 @@ class SavedFile:
         except UNREADABLE as problem:
             raise UserError(f"{path} cannot be read, it is damaged: {problem}") from None
 
-    def tensor(self, saved: SavedTensor) -> Tensor:
-        """The tensor, mapped: it costs no memory of the process's own, and is let go with its last view."""
+    def block(self, saved: SavedTensor, held: Held) -> Block:
+        """Where the rows of the tensor that `held` means lie, and their place in the whole."""
         try:
-            elements = torch.frombuffer(self._content(saved), dtype=saved.storage.dtype)
-            return elements.as_strided(saved.size, saved.stride, saved.offset)
+            row_bytes = math.prod(saved.size[1:]) * saved.storage.dtype.size_bytes
+            first = saved.offset_bytes + held.start * row_bytes
+            record = self._records[saved.storage.key]
+            if first + held.rows * row_bytes > record.size_bytes:
+                raise ValueError("its elements are cut off")
         except UNREADABLE as problem:
             raise UserError(f"{self.path} cannot be read, it is damaged: {problem}") from None
+        return Block(self.path, record.offset_bytes + first, held.row, held.rows, row_bytes,
+                     held.column * saved.storage.dtype.size_bytes)
 
     def check(self, saved: SavedTensor) -> None:
         """Raise UserError unless the tensor's elements have the CRC-32 they were saved with."""
-        try:
-            intact = zlib.crc32(self._content(saved)) == self._records[saved.storage.key].CRC
-        except UNREADABLE as problem:
-            raise UserError(f"{self.path} cannot be read, it is damaged: {problem}") from None
-        if not intact:
+        if not self._records[saved.storage.key].is_intact():
             raise UserError(f"{self.path} is damaged: a tensor is not what was saved (its CRC-32 differs)")
-
-    def _content(self, saved: SavedTensor) -> memoryview:
-        """The bytes of the tensor's storage, mapped."""
-        record = self._records[saved.storage.key]
-        with self.path.open("rb") as file:
-            file.seek(record.header_offset)
-            _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-            first = record.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-            start = first - first % mmap.ALLOCATIONGRANULARITY
-            window = mmap.mmap(file.fileno(), first + record.file_size - start, access=mmap.ACCESS_COPY,
-                               offset=start)
-        window.madvise(mmap.MADV_SEQUENTIAL)
-        return memoryview(window)[first - start:]
 
 
 class _Inert:
@@ -117,8 +104,8 @@ class _SavedUnpickler(TensorUnpickler):
 def _stand_in(module: str, name: str) -> Any:
     if (module, name) == ("argparse", "Namespace"):
         return argparse.Namespace
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    if module == "torch" and name in ELEMENT_TYPES:
+        return ELEMENT_TYPES[name]
     if module in ("builtins", "__builtin__"):
         if name == "getattr":    # how some versions of Python pickle a member of an enumeration
             return _Inert()

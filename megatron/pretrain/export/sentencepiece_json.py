@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _UNIGRAM, _BPE = 1, 2
+_FLOAT = struct.Struct("<f")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One entry of the vocabulary; `kind` is a number of ModelProto.SentencePiece.Type."""
 
@@ -33,7 +35,7 @@ class Piece:
         return self.kind == _UNKNOWN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SentencePieceModel:
     """The parts of SentencePiece's ModelProto that decide about ids."""
 
@@ -48,14 +50,20 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Read the model's file; its fields are numbered in SentencePiece's sentencepiece_model.proto."""
+    """Read the model's file. Raises UserError for another kind of file."""
     try:
-        model = list(_fields(path.read_bytes()))
-        trainer = dict(_fields(_last(model, 2, b"")))
-        normalizer = dict(_fields(_last(model, 3, b"")))
-        pieces = tuple(_piece(value) for number, value in model if number == 1)
+        return _parsed(path.read_bytes())
     except (IndexError, ValueError, TypeError, struct.error):
         raise UserError(f"{path} is not a SentencePiece model") from None
+
+
+@lru_cache(maxsize=1)
+def _parsed(content: bytes) -> SentencePieceModel:
+    """Fields are numbered in SentencePiece's sentencepiece_model.proto."""
+    model = list(_fields(content))
+    trainer = dict(_fields(_last(model, 2, b"")))
+    normalizer = dict(_fields(_last(model, 3, b"")))
+    pieces = tuple(_piece(value) for number, value in model if number == 1)
     return SentencePieceModel(
         pieces=pieces,
         algorithm=trainer.get(3, _UNIGRAM),
@@ -104,6 +112,7 @@ def _check_expressible(path: Path, model: SentencePieceModel) -> None:
                         "transformers and give its folder")
 
 
+@lru_cache(maxsize=1)
 def _bpe(model: SentencePieceModel) -> models.BPE:
     """Merges in the order of the pieces' scores: SentencePiece joins the pair that makes the best piece.
 
@@ -114,8 +123,8 @@ def _bpe(model: SentencePieceModel) -> models.BPE:
     merges = [
         (left, right)
         for text in sorted(normal, key=lambda text: -normal[text])
-        for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        if left in normal and right in normal]
+        for cut in range(1, len(text))
+        if (left := text[:cut]) in normal and (right := text[cut:]) in normal]
     unknown = next(piece.text for piece in model.pieces if piece.is_unknown)
     return models.BPE(
         vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -172,5 +181,8 @@ def _last(fields: list[tuple[int, Any]], number: int, default: Any) -> Any:
 
 
 def _piece(message: bytes) -> Piece:
+    # There are tens of thousands, nearly all of one form: a text of one byte's length, a score, and no more.
+    if message[0] == 0x0A and len(message) == message[1] + 7 and message[-5] == 0x15:
+        return Piece(message[2:-5].decode(), _FLOAT.unpack(message[-4:])[0], _NORMAL)
     fields = dict(_fields(message))
     return Piece(fields[1].decode(), fields.get(2, 0.0), fields.get(3, _NORMAL))

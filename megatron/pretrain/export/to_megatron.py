@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
-import torch
-from torch import Tensor
 
 from megatron.pretrain.checkpoint.manifest import (
     TRACKER_NAME, Manifest, file_ends, file_sizes, iteration_name, package_versions)
 from megatron.pretrain.config import ModelConfig, TokenizerConfig
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.export import EXPORT_FILE
-from megatron.pretrain.export.ahead import one_ahead
+from megatron.pretrain.export.copying import Rows
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.hf_config import CONFIG_FILE, read_config
 from megatron.pretrain.export.hf_reader import HfFolder
 from megatron.pretrain.export.megatron_args import describe_tokenizer, run_config
 from megatron.pretrain.export.names import Architecture, Rule
+from megatron.pretrain.export.padding import MeanRow
 from megatron.pretrain.export.reader import TorchDistCheckpoint
 from megatron.pretrain.export.shape import ModelShape
-from megatron.pretrain.export.torch_dist_writer import write_torch_dist
+from megatron.pretrain.export.torch_dist_writer import WeightSpec, write_torch_dist
 from megatron.pretrain.model.flops import padded_vocab_size
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
 
@@ -45,7 +46,7 @@ class ImportOptions:
     tokenizer_path: Path | None = None
     tokenizer_type: str | None = None
     tokenizer_legacy: bool = False
-    dtype: torch.dtype | None = None
+    dtype: ElementType | None = None
     for_megatron_lm: bool = False
 
 
@@ -59,13 +60,24 @@ class ImportPlan:
     rules: tuple[Rule, ...]
     tokenizer_config: TokenizerConfig
     tokenizer: Tokenizer
-    dtype: torch.dtype | None
+    dtype: ElementType | None
     for_megatron_lm: bool
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the weights to be written."""
-        return sum(piece.nbytes for rule in self.rules for piece in _pieces(self, rule, on_meta=True))
+        return sum(math.prod(spec.shape) * spec.dtype.size_bytes for spec in map(self.spec, self.rules))
+
+    def spec(self, rule: Rule) -> WeightSpec:
+        """The rule's tensor as it is to be written, and of which rows."""
+        sources = [self.source.tensor(name) for name in rule.hf]
+        length = sum(source.shape[0] for source in sources)
+        rows = [Rows(sources[part.tensor], part.start, part.stop) for part in rule.rows(length, self.shape)]
+        if rule.megatron_shape(self.shape)[0] is None and length < self.shape.padded_vocab_size:
+            rows.append(Rows(MeanRow(sources[0]), 0, self.shape.padded_vocab_size - length))
+            length = self.shape.padded_vocab_size
+        return WeightSpec(rule.megatron[-1], (length, *sources[0].shape[1:]), self.dtype or sources[0].dtype,
+                          tuple(rows))
 
 
 def plan_import(folder: Path, options: ImportOptions) -> ImportPlan:
@@ -105,7 +117,7 @@ def run_import(plan: ImportPlan, target: Path, *, verify: bool = False,
     folder = partial / iteration_name(ITERATION)
     try:
         folder.mkdir(parents=True)
-        tensors = one_ahead(_stream(plan))
+        tensors = [plan.spec(rule) for rule in plan.rules]
         for size_bytes in write_torch_dist(folder, plan.shape.num_layers, tensors, _common(plan)):
             on_bytes(size_bytes)
         if verify:
@@ -128,15 +140,16 @@ def _check_tensors(source: HfFolder, rules: tuple[Rule, ...], shape: ModelShape)
         left_over.pop("lm_head.weight", None)    # a copy of the embedding, which some tools save
     for rule in rules:
         size = [shape.vocab_size if length is None else length for length in rule.megatron_shape(shape)]
-        for name, wanted in zip(rule.hf, rule.to_hf(torch.empty(size, device="meta"), shape), strict=True):
+        for name, rows in zip(rule.hf, rule.hf_rows(size[0], shape), strict=True):
+            wanted = (sum(map(len, rows)), *size[1:])
             if name not in left_over:
                 raise UserError(f"{source.folder} has no {name}, but a model as {CONFIG_FILE} describes it "
                                 "does: the two do not belong together")
             del left_over[name]
             source.dtype(name)
-            if source.shape(name) != wanted.shape:
+            if source.shape(name) != wanted:
                 raise UserError(f"{source.folder}: {name} has shape {list(source.shape(name))}, but a "
-                                f"model as {CONFIG_FILE} describes it has {list(wanted.shape)}: the two do "
+                                f"model as {CONFIG_FILE} describes it has {list(wanted)}: the two do "
                                 "not belong together")
     if left_over:
         raise UserError(f"{source.folder} has {next(iter(left_over))}, for which a model as {CONFIG_FILE} "
@@ -171,29 +184,18 @@ def _exported_fingerprint(folder: Path) -> str | None:
         return None
 
 
-def _stream(plan: ImportPlan) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    for rule in plan.rules:
-        yield rule.megatron[-1], _pieces(plan, rule)
-
-
-def _pieces(plan: ImportPlan, rule: Rule, *, on_meta: bool = False) -> tuple[Tensor, ...]:
-    source = plan.source
-    if on_meta:
-        parts = [torch.empty(source.shape(name), dtype=source.dtype(name), device="meta") for name in rule.hf]
-    else:
-        parts = [source.read(name) for name in rule.hf]
-    if plan.dtype is not None:
-        parts = [part.to(plan.dtype) for part in parts]
-    return rule.to_megatron(parts, plan.shape)
-
-
 def _check_written(plan: ImportPlan, checkpoint: TorchDistCheckpoint) -> None:
-    """Take every tensor back by the same table's other direction, and compare it with what it was made of."""
+    """Take every tensor back, put together by torch in memory, and compare it with what it was made of."""
+    import torch
+
+    from megatron.pretrain.export.verify import same_bits
+
+    checkpoint.check()
     for rule in plan.rules:
-        back = rule.to_hf(checkpoint.read(rule.megatron[-1], checked=True), plan.shape)
-        for name, tensor in zip(rule.hf, back, strict=True):
-            meant = plan.source.read(name)
-            if not torch.equal(tensor, meant if plan.dtype is None else meant.to(plan.dtype)):
+        written = checkpoint.read(rule.megatron[-1])
+        for name, rows in zip(rule.hf, rule.hf_rows(len(written), plan.shape), strict=True):
+            meant = plan.source.tensor(name).load().to(written.dtype)
+            if not same_bits(torch.cat([written[some.start:some.stop] for some in rows]), meant):
                 raise UserError(f"{checkpoint.folder}: {rule.megatron[-1]} does not give {name} back: what "
                                 "was written is not what was read; is the disk sound?")
 

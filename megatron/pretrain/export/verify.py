@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.export.elements import ElementType
 from megatron.pretrain.export.forward import Read, megatron_logits
-from megatron.pretrain.export.hf import TensorSpec, bytes_of
+from megatron.pretrain.export.hf import TensorSpec
 from megatron.pretrain.export.hf_reader import HfFolder
 from megatron.pretrain.export.shape import ModelShape
 
@@ -53,16 +54,8 @@ def transformers() -> ModuleType:
     return transformers
 
 
-def noting_checksums(tensors: Iterable[tuple[str, Tensor]],
-                     checksums: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-    """Pass `tensors` on, and put the CRC-32 of each into `checksums` before anything is written of it."""
-    for name, tensor in tensors:
-        checksums[name] = _checksum(tensor)
-        yield name, tensor
-
-
-def check_written(folder: Path, specs: Sequence[TensorSpec], checksums: Mapping[str, int]) -> None:
-    """Read each tensor back from the disk, by the safetensors library, and hold it against its checksum.
+def check_written(folder: Path, specs: Sequence[TensorSpec], meant: Iterable[tuple[str, Tensor]]) -> None:
+    """Read each tensor back from the disk, by the safetensors library, and compare it bit by bit.
 
     Raises UserError naming the tensor that is missing, left over or not what was meant.
     """
@@ -72,16 +65,24 @@ def check_written(folder: Path, specs: Sequence[TensorSpec], checksums: Mapping[
     differing = {spec.name for spec in specs} ^ set(written.names())
     if differing:
         raise UserError(f"verification failed: {min(differing)} is missing or left over")
-    for spec in specs:
-        tensor = written.read(spec.name)
-        if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype) \
-                or _checksum(tensor) != checksums[spec.name]:
-            raise UserError(f"verification failed: {spec.name}, read back from the disk, is not what was "
-                            "written: is the disk sound?")
+    for name, tensor in meant:
+        with safe_open(written.path(name), framework="pt") as file:
+            if not same_bits(file.get_tensor(name), tensor):
+                raise UserError(f"verification failed: {name}, read back from the disk, is not what was "
+                                "written: is the disk sound?")
 
 
-def compare_logits(folder: Path, read: Read, names: Sequence[str], shape: ModelShape, dtype: torch.dtype,
-                   parameters: int) -> tuple[float | None, str]:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether type, shape and bits are the same; a nan is like any other."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    bits = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    same = one.view(bits) == other.view(bits)
+    return bool(same.all() or (same | one.isnan() & other.isnan()).all())
+
+
+def compare_logits(folder: Path, read: Read, names: Sequence[str], shape: ModelShape,
+                   dtype: ElementType, parameters: int) -> tuple[float | None, str]:
     """Largest difference of the logits of SAMPLE_TEXT, in fp32, of `folder` by transformers and of Megatron's
     tensors by their formulas, both rounded to `dtype`; or None and why they were not compared.
 
@@ -91,7 +92,7 @@ def compare_logits(folder: Path, read: Read, names: Sequence[str], shape: ModelS
     if needed_bytes > free_bytes:
         return None, f"{needed_bytes / 1e9:.0f} GB needed, {free_bytes / 1e9:.0f} GB free"
     ids = _sample_ids(folder, shape)
-    expected = megatron_logits(lambda name: read(name).to(dtype), names, shape, ids)
+    expected = megatron_logits(lambda name: read(name).to(dtype.of_torch), names, shape, ids)
     got = _transformers_logits(folder, ids)
     off = (got - expected).abs().max().item() if got.shape == expected.shape else torch.inf
     # Written so that a nan is a failure too.
@@ -99,10 +100,6 @@ def compare_logits(folder: Path, read: Read, names: Sequence[str], shape: ModelS
         raise UserError(f"verification failed: the converted model's logits differ by {off:.1e} from those "
                         "of the checkpoint")
     return off, ""
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(bytes_of(tensor))
 
 
 def _leave_cache(path: Path) -> None:

@@ -1,99 +1,95 @@
 """Pure rules between a tensor of Megatron's layout and tensors of Hugging Face's, in both directions.
 
-`split_*` and `trim_*` turn one tensor of Megatron into a tuple for Hugging Face. `stack`, `merge_*` and
-`pad_*` take such a tuple back, and give the pieces whose rows, one after the other, are Megatron's tensor:
-so none is copied that need not be. `join_*` put together what tensor-parallel ranks hold of one tensor. None
-reads or writes anything, and all work on tensors of the `meta` device too, which is how shapes are known
-beforehand.
+A rule says of which rows of which Hugging Face tensors Megatron's tensor consists, one after the other: so
+one statement serves both ways. A `cut_*` says where in the whole tensor the parts lie that tensor-parallel
+ranks hold of it. Rows and columns are counted here; nothing is read or written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron.pretrain.export.shape import ModelShape
 
 
-def same(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
-    """The tensor as it is."""
-    return (tensor,)
+@dataclass(frozen=True)
+class Part:
+    """Rows from `start` to before `stop` of the Hugging Face tensor number `tensor` of a rule."""
+
+    tensor: int
+    start: int
+    stop: int
 
 
-def stack(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
-    """The tensors as they are; of the MLP's two, gate comes before up."""
-    return tuple(tensors)
+Rows = Callable[[int, ModelShape], tuple[Part, ...]]
+"""The parts that a Megatron tensor of so many rows consists of; rows beyond them are padding."""
 
 
-def trim_vocabulary(tensor: Tensor, shape: ModelShape) -> tuple[Tensor]:
-    """`[padded vocabulary, hidden]` -> `[vocabulary, hidden]`: the rows that only padded are dropped."""
-    return (tensor[: shape.vocab_size],)
+def same(rows: int, shape: ModelShape) -> tuple[Part, ...]:
+    """One tensor, as it is."""
+    return (Part(0, 0, rows),)
 
 
-def pad_vocabulary(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
-    """`[rows, hidden]` -> the same, and `[padding, hidden]`: added rows are the mean of those that are there.
-
-    In the output layer such a row's logit is the mean logit, and the exponential of a mean is at most the
-    mean of exponentials (Jensen): so padding can add at most log(padded / rows) to the loss of any token,
-    whatever the hidden state is. Rows of zeros have no such bound.
-    """
-    (tensor,) = tensors
-    rows, padded = tensor.shape[0], shape.padded_vocab_size
-    if rows >= padded:
-        return (tensor,)
-    return tensor, _mean_row(tensor).to(tensor.dtype).expand(padded - rows, -1)
+def vocabulary(rows: int, shape: ModelShape) -> tuple[Part, ...]:
+    """`[vocabulary, hidden]`, and then the rows that only pad."""
+    return (Part(0, 0, shape.vocab_size),)
 
 
-def _mean_row(tensor: Tensor) -> Tensor:
-    """`[rows, hidden]` -> `[hidden]` in fp32, without the whole tensor in fp32 on the way."""
-    sums = [rows.sum(dim=0, dtype=torch.float32) for rows in tensor.split(2048)]
-    return torch.stack(sums).sum(dim=0) / len(tensor)
-
-
-def split_qkv(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
-    """`[groups x (heads a group + 2) x head dim, hidden]` -> query, key, value.
+def grouped_qkv(rows: int, shape: ModelShape) -> tuple[Part, ...]:
+    """Query, key and value, `[heads x head dim, hidden]` each.
 
     Megatron keeps what one key/value group needs together: the rows of its query heads, then those of
     its key, then those of its value. Both sides rotate halves (not neighbours) in the position
     embedding, so rows inside a head keep their order.
     """
-    groups, head_dim = shape.num_query_groups, shape.kv_channels
-    heads_a_group = shape.num_attention_heads // groups
-    grouped = tensor.view(groups, (heads_a_group + 2) * head_dim, shape.hidden_size)
-    parts = grouped.split([heads_a_group * head_dim, head_dim, head_dim], dim=1)
-    return tuple(part.reshape(-1, shape.hidden_size) for part in parts)
+    heads_a_group = shape.num_attention_heads // shape.num_query_groups
+    sizes = heads_a_group * shape.kv_channels, shape.kv_channels, shape.kv_channels
+    return tuple(Part(tensor, group * size, (group + 1) * size)
+                 for group in range(shape.num_query_groups) for tensor, size in enumerate(sizes))
 
 
-def merge_qkv(tensors: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor]:
-    """Query, key, value -> what `split_qkv` splits."""
-    groups = [tensor.view(shape.num_query_groups, -1, shape.hidden_size) for tensor in tensors]
-    return (torch.cat(groups, dim=1).view(-1, shape.hidden_size),)
+def gate_and_up(rows: int, shape: ModelShape) -> tuple[Part, ...]:
+    """The gate, the half that goes through SiLU, and then the up projection, each `[ffn, hidden]`."""
+    return Part(0, 0, shape.ffn_hidden_size), Part(1, 0, shape.ffn_hidden_size)
 
 
-def split_gate_up(tensor: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """`[2 x ffn, hidden]` -> gate, the half that goes through SiLU, and up, each `[ffn, hidden]`."""
-    gate, up = tensor.split(shape.ffn_hidden_size)
-    return gate, up
+@dataclass(frozen=True)
+class Held:
+    """Rows of what tensor-parallel rank `rank` holds, from `start` on, and where they begin in the whole."""
+
+    rank: int
+    start: int
+    rows: int
+    row: int
+    column: int
 
 
-def join_rows(shards: Sequence[Tensor]) -> Tensor:
+Cut = Callable[[Sequence[Sequence[int]]], list[Held]]
+"""Where the parts of these shapes lie, a rank each."""
+
+
+def cut_rows(shapes: Sequence[Sequence[int]]) -> list[Held]:
     """Ranks hold rows: of the vocabulary, or of whole key/value groups."""
-    return torch.cat(tuple(shards))
+    before = accumulate((shape[0] for shape in shapes), initial=0)
+    return [Held(rank, 0, shape[0], row, 0) for (rank, shape), row in zip(enumerate(shapes), before)]
 
 
-def join_columns(shards: Sequence[Tensor]) -> Tensor:
+def cut_columns(shapes: Sequence[Sequence[int]]) -> list[Held]:
     """Ranks hold columns."""
-    return torch.cat(tuple(shards), dim=1)
+    before = accumulate((shape[1] for shape in shapes), initial=0)
+    return [Held(rank, 0, shape[0], 0, column) for (rank, shape), column in zip(enumerate(shapes), before)]
 
 
-def join_gate_up(shards: Sequence[Tensor]) -> Tensor:
+def cut_gate_and_up(shapes: Sequence[Sequence[int]]) -> list[Held]:
     """Each rank holds the gate's rows of its own and then the up projection's: first come all gates."""
-    halves = [shard.chunk(2) for shard in shards]
-    return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    halves = [shape[0] // 2 for shape in shapes]
+    up = sum(halves)
+    return [held for (rank, half), row in zip(enumerate(halves), accumulate(halves, initial=0))
+            for held in (Held(rank, 0, half, row, 0), Held(rank, half, half, up + row, 0))]
 
 
-def join_copies(shards: Sequence[Tensor]) -> Tensor:
+def copies(shapes: Sequence[Sequence[int]]) -> list[Held]:
     """Every rank holds the whole tensor."""
-    return shards[0]
+    return [Held(0, 0, shapes[0][0], 0, 0)]
