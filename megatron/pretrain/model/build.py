@@ -90,6 +90,8 @@ def _require_fp8(device: torch.device) -> None:
                         f"{'.'.join(map(str, capability))}, and fp8 needs 8.9 or later; leave the flag out")
     if not installed("triton"):
         raise UserError('--fp8-format: its kernels need triton, which is not installed (pip install triton)')
+    logger.warning("fp8 on a GPU is experimental: its gated MLP does not pass its test there yet "
+                   "(pytest -m gpu tests/model/fused/test_fp8_products.py); do not start a long run with it")
 
 
 def _fp8_layers(config: RunConfig) -> Callable[[int], bool]:
