@@ -48,7 +48,7 @@ _ALLOWED = {
 
 # A tensor stacked over the layers, and one of a numbered layer.
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "fp8.history.")
 
 
 @dataclass(frozen=True)
