@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.pretrain.export.reader import TorchDistCheckpoint
+
 # The sizes of tests/conftest.py's small model are multiples of 16 in two ranks too.
 STEPS, SAVED = 12, 6
 LENGTH = ("--train-iters", STEPS, "--bf16", "--transformer-impl", "fused")
@@ -41,6 +43,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory, train):
 def test_losses_are_those_of_bf16_within_a_percent(bf16: list[float], straight) -> None:
     assert straight.losses() == pytest.approx(bf16, rel=0.01)
     assert straight.losses() != bf16, "it was not in fp8"
+
+
+def test_a_checkpoint_has_the_weights_of_any_other(straight) -> None:
+    """What a conversion reads of it: no trace of fp8."""
+    names = TorchDistCheckpoint(straight.checkpoints / f"iter_{SAVED:07d}").names()
+    assert "decoder.layers.3.mlp.linear_fc2.weight" in names and not [name for name in names if "fp8" in name]
 
 
 def test_a_resumed_run_is_the_straight_one(tmp_path: Path, train, straight) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # A tensor stacked over the layers, and one of a numbered layer.
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "fp8.history.")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def seeded() -> None:
 
 
 def random(*shape: int, device: str, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(device, BF16)
+    return (torch.randn(*shape, device=device) * scale).to(BF16)
 
 
 def parameter(*shape: int, device: str) -> Parameter:
