@@ -49,9 +49,9 @@ class ChunkEncoder {
 
   // Appends a document to one column: `text` is valid UTF-8, read by others.
   void encode_text(size_t key, const Byte* text, size_t size) {
-    text_.clear();
-    if (size && vocabulary_.add_dummy_prefix()) text_.push_back(' ');
-    text_.append(text, text + size);
+    Byte* to = text_.start(size + 1);
+    if (size && vocabulary_.add_dummy_prefix()) *to++ = ' ';
+    text_.finish(std::copy(text, text + size, to));
     append(columns_[key], text_, size);
   }
 

@@ -12,14 +12,16 @@
 #include <memory>
 #include <vector>
 
+#include "hash.h"
 #include "model.h"
 #include "utf8.h"
 
 namespace neo {
 
 using Symbol = uint32_t;
+constexpr int kSymbolBits = 20;
 // A character that stands in no piece. It has no neighbour to merge with: see `may_join`.
-constexpr Symbol kNoSymbol = 0xFFFFFFFF;
+constexpr Symbol kNoSymbol = (1u << kSymbolBits) - 1;
 constexpr uint32_t kSpaceMark = 0x2581;  // ▁, which SentencePiece writes for a space
 
 // What a pair of symbols becomes. Ranks are the scores' order as integers: the smaller rank has the
@@ -42,6 +44,8 @@ class Vocabulary {
     return characters_[page_of_[code_point >> kPageBits]][code_point & kPageMask];
   }
   bool is_piece(Symbol symbol) const { return symbol < pieces_; }
+  // Of an ASCII character that is one id where it stands alone; else kNoSymbol.
+  Symbol ascii_id(Byte byte) const { return ascii_ids_[byte]; }
   // The character of a symbol that is no piece.
   uint32_t character_of(Symbol symbol) const { return extra_characters_[symbol - pieces_]; }
   uint32_t byte_id(Byte byte) const { return byte_ids_[byte]; }
@@ -51,8 +55,8 @@ class Vocabulary {
     const uint64_t hash = hash_of(key);
     if (!(merge_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1)) return Merge{};
     for (size_t slot = hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
-      if (merges_[slot].key == key) return merges_[slot].merge;
-      if (merges_[slot].key == kNoKey) return Merge{};
+      if (merges_[slot] >> kMergedBits == key) return merge_to(merges_[slot] & kMergedMask);
+      if (merges_[slot] == kEmptySlot) return Merge{};
     }
   }
 
@@ -62,38 +66,39 @@ class Vocabulary {
     const uint64_t hash = hash_of(pair_key(left, right));
     return join_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1;
   }
-  // The same for ASCII characters, exactly: bit `right` of 128.
+  // The same for ASCII characters: bit `right` of 128.
   const std::array<uint64_t, 2>& ascii_joins(Byte left) const { return ascii_joins_[left]; }
 
  private:
-  struct MergeSlot {
-    uint64_t key = kNoKey;
-    Merge merge;
-  };
   class Builder;
 
   static constexpr int kPageBits = 8;
   static constexpr uint32_t kPageMask = (1u << kPageBits) - 1;
   static constexpr uint32_t kPages = 0x110000 >> kPageBits;
-  static constexpr uint64_t kNoKey = ~0ull;
+  // A slot of the merges' table: the pair, and in the low bits the piece that it makes.
+  static constexpr int kMergedBits = 64 - 2 * kSymbolBits;
+  static constexpr uint64_t kMergedMask = (1ull << kMergedBits) - 1;
+  static constexpr uint64_t kEmptySlot = ~0ull;
   static constexpr size_t kFilterWords = 1 << 15;  // 2 Mbit, 256 KiB: stays in a core's own cache
   static constexpr size_t kFilterMask = kFilterWords - 1;
 
-  static uint64_t pair_key(Symbol left, Symbol right) { return static_cast<uint64_t>(left) << 32 | right; }
-  static uint64_t hash_of(uint64_t key) {
-    const uint64_t mixed = key * 0x9E3779B97F4A7C15ull;
-    return (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9ull >> 11;
+  static uint64_t pair_key(Symbol left, Symbol right) {
+    return static_cast<uint64_t>(left) << kSymbolBits | right;
   }
+  static uint64_t hash_of(uint64_t key) { return mix(key ^ 0xA0761D6478BD642Full, 0xE7037ED1A0B428DBull); }
+  Merge merge_to(uint64_t symbol) const { return {ranks_[symbol], static_cast<Symbol>(symbol)}; }
 
   using Page = std::array<Symbol, 1 << kPageBits>;
   std::vector<Page> characters_;
   std::array<uint16_t, kPages> page_of_{};
   std::vector<uint32_t> extra_characters_;
   std::array<uint32_t, 256> byte_ids_{};
-  std::vector<MergeSlot> merges_;
+  std::vector<int32_t> ranks_;
+  std::vector<uint64_t> merges_;
   size_t merge_mask_ = 0;
   std::vector<uint64_t> merge_filter_, join_filter_;
   std::array<std::array<uint64_t, 2>, 128> ascii_joins_{};
+  std::array<Symbol, 128> ascii_ids_{};
   Symbol pieces_ = 0;
   bool add_dummy_prefix_ = true;
 };
