@@ -33,7 +33,8 @@ std::vector<int32_t> rank_scores(const std::vector<Piece>& pieces) {
     return pieces[one].score > pieces[other].score;
   };
   // As training leaves them; sorting would take longer than all else here.
-  if (!std::is_sorted(order.begin(), order.end(), is_better)) std::sort(order.begin(), order.end(), is_better);
+  if (!std::is_sorted(order.begin(), order.end(), is_better))
+    std::sort(order.begin(), order.end(), is_better);
   std::vector<int32_t> ranks(pieces.size());
   for (size_t place = 1; place < order.size(); ++place)
     ranks[order[place]] = ranks[order[place - 1]] + is_better(order[place - 1], order[place]);
@@ -46,8 +47,8 @@ size_t power_of_two_from(size_t size) {
   return power;
 }
 
-// Pieces by their texts. All cuts of a piece are looked up, so that the hash of a part of a text follows from
-// those of the text's beginnings: it is the text's number in a base, whose powers are at hand.
+// Pieces by their texts. All cuts of a piece are looked up; so a hash is one that gives that of a text's end
+// from those of the text and its beginning: the text as a number in a base, whose powers are at hand.
 class PieceIndex {
  public:
   static constexpr Symbol kAbsent = kNoSymbol;
@@ -106,8 +107,6 @@ class Vocabulary::Builder {
   void build() {
     if (pieces_.size() >= kNoSymbol / 2) throw Declined("it has too many pieces");
     to_.pieces_ = static_cast<Symbol>(pieces_.size());
-    to_.join_filter_.assign(kFilterWords, 0);
-    to_.merge_filter_.assign(kFilterWords, 0);
     to_.characters_.emplace_back().fill(kNoSymbol);  // the page of all characters that stand in no piece
     to_.ranks_ = rank_scores(pieces_);
     index_bytes();
@@ -172,10 +171,10 @@ class Vocabulary::Builder {
   void add_piece(Symbol id) {
     const std::string_view text = pieces_[id].text;
     read_characters(text);
+    add_neighbours();
     const size_t n = characters_.size();
     const uint64_t whole = PieceIndex::hash_of(text);
     for (size_t i = 1; i < n; ++i) {
-      add_join(characters_[i - 1], characters_[i]);
       const size_t cut = characters_[i].start;
       const uint64_t before = characters_[i].hash_before;
       const Symbol left = i == 1 ? characters_[0].symbol : spelled(text.substr(0, cut), before);
@@ -203,11 +202,23 @@ class Vocabulary::Builder {
     return powers_[exponent];
   }
 
-  void add_join(const Character& left, const Character& right) {
-    const uint64_t hash = hash_of(pair_key(left.symbol, right.symbol));
-    to_.join_filter_[hash >> 6 & kFilterMask] |= 1ull << (hash & 63);
-    const uint32_t l = left.in_text(), r = right.in_text();
-    if ((l | r) < 0x80) to_.ascii_joins_[l][r >> 6] |= 1ull << (r & 63);
+  // Which characters stand side by side in the piece.
+  void add_neighbours() {
+    for (size_t i = 1; i < characters_.size(); ++i) {
+      const Character &left = characters_[i - 1], &right = characters_[i];
+      to_.join_filter_.add(hash_of(pair_key(left.symbol, right.symbol)));
+      const uint32_t l = left.in_text(), r = right.in_text();
+      if ((l | r) >= 0x80) continue;
+      if (characters_.size() == 2)
+        for (uint32_t first = 0; first < 0x80; ++first) add_ascii_join(first, l, r, 2);
+      else if (i > 1 && characters_[i - 2].in_text() < 0x80)
+        add_ascii_join(characters_[i - 2].in_text(), l, r, 1);
+    }
+  }
+
+  void add_ascii_join(uint32_t first, uint32_t second, uint32_t third, uint64_t bit) {
+    const uint32_t three = first << 14 | second << 7 | third;
+    to_.ascii_joins_[three >> 5] |= bit << (2 * (three & 31));
   }
 
   void fill_merge_table() {
@@ -216,7 +227,7 @@ class Vocabulary::Builder {
     to_.merges_.assign(slots, kEmptySlot);
     for (const uint64_t merge : merges_) {
       const uint64_t hash = hash_of(merge >> kMergedBits);
-      to_.merge_filter_[hash >> 6 & kFilterMask] |= 1ull << (hash & 63);
+      to_.merge_filter_.add(hash);
       size_t slot = hash >> 24 & to_.merge_mask_;
       while (to_.merges_[slot] != kEmptySlot) slot = (slot + 1) & to_.merge_mask_;
       to_.merges_[slot] = merge;
