@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 
 from megatron.pretrain.config import TokenizerConfig
+from megatron.pretrain.data import _native
 from megatron.pretrain.data.documents import BadDocument, Chunk
 from megatron.pretrain.data.encoders import PythonEncoder, choose_encoder
 from megatron.pretrain.data.native_encoder import Declined, NativeEncoder
@@ -101,6 +102,19 @@ def test_units_of_any_length_and_more_of_them_than_the_caches_hold(train):
     encoder = NativeEncoder(tokenizer_of(model), ("text",), append_eod=False)
     library = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert encode(encoder, texts) == library.encode(texts)
+
+
+@pytest.mark.parametrize("settings", COVERED.values(), ids=COVERED)
+def test_the_ids_of_whole_units_begin_those_of_any_text_that_goes_on(settings: dict, train):
+    model = train(settings)
+    texts, draw = Texts(model, seed=4), random.Random(4)
+    drawn = [text for text in (texts.draw() for _ in range(3000)) if text]
+    native = _native.Encoder16(model.read_bytes(), ["text"], None)
+    begun = [native.whole_units(text[:draw.randint(1, len(text))]) for text in drawn]
+    assert sum(map(bool, begun)) > len(drawn) / 3
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text, start, whole, part in zip(drawn, begun, library.encode(drawn), library.encode(begun)):
+        assert text.startswith(start) and whole[:len(part)] == part, (text, start)
 
 
 @pytest.mark.parametrize("settings", DECLINED.values(), ids=DECLINED)
