@@ -234,6 +234,31 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, tiny_token
     assert outputs(tmp_path) == []
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 512 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+                             capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name, document, documents", [("bin", "some more words " * 500, 500),
+                                                       ("idx", "a", 20_000)])
+def test_a_disk_that_fills_up_is_left_as_it_was(name: str, document: str, documents: int, small_disk: Path,
+                                                tmp_path: Path, tiny_tokenizer: Path):
+    (tmp_path / "my-corpus.json").write_text((json.dumps({"text": document}) + "\n") * documents)
+    outcome = subprocess.run(
+        [sys.executable, str(TOOL), "--input", str(tmp_path / "my-corpus.json"), "--output-prefix", "out",
+         "--tokenizer-model", str(tiny_tokenizer)], cwd=small_disk, capture_output=True, text=True)
+    assert_refused(outcome, f"cannot write out_text_document.{name}: No space left on device")
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_terminal_gets_a_bar(preprocess, tmp_path: Path):
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
