@@ -104,7 +104,7 @@ def _measure(corpus: str, texts: Iterator[str], folder: Path, flags: argparse.Na
                f"{size_mb / pool_wall_s:.1f}", f"{size_mb / tool_wall_s:.1f}",
                f"{tokens / 1e6 / tool_wall_s:.1f}", f"{pool_wall_s / tool_wall_s:.1f}x")
     if flags.check:
-        _check(source, folder, flags)
+        _check(corpus, source, folder, flags)
 
 
 def _print_row(*cells: str) -> None:
@@ -163,7 +163,7 @@ def _assert_same(one: Path, other: Path) -> None:
             raise SystemExit(f"{one}_text_document{ending} and {other}_text_document{ending} differ")
 
 
-def _check(source: Path, folder: Path, flags: argparse.Namespace) -> None:
+def _check(corpus: str, source: Path, folder: Path, flags: argparse.Namespace) -> None:
     """Every way to the same bytes."""
     for workers in ("1", "2", "5"):
         _timed(partial(_run_tool, source, folder / "other", flags, "--workers", workers))
@@ -175,7 +175,8 @@ def _check(source: Path, folder: Path, flags: argparse.Namespace) -> None:
     _assert_same(folder / "tool", folder / "shards")
     kills = _kill_and_resume(source, folder / "resumed", flags)
     _assert_same(folder / "tool", folder / "resumed")
-    print(f"  the same bytes with 1, 2 and 5 workers, in 3 shards, and after {kills} interruptions", flush=True)
+    print(f"{corpus}: the same bytes with 1, 2 and 5 workers, in 3 shards, and after {kills} interruptions",
+          file=sys.stderr, flush=True)
 
 
 def _kill_and_resume(source: Path, prefix: Path, flags: argparse.Namespace) -> int:

@@ -195,7 +195,8 @@ def test_a_killed_worker_ends_the_run(long_run, tmp_path: Path):
     assert all(name.startswith(".out") for name in outputs(tmp_path))
 
 
-def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool, tmp_path: Path):
+def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool,
+                                                             tmp_path: Path):
     workers = psutil.Process(long_run.pid).children()
     long_run.kill()
     wait_for(lambda: not any(is_alive(worker) for worker in workers), timeout_s=30)
@@ -213,7 +214,8 @@ def test_standard_input(tmp_path: Path, preprocess):
     assert preprocess().returncode == 0
     command = [sys.executable, str(TOOL), "--input", "-", "--output-prefix", "piped", "--tokenizer-model",
                "neo/tokenizer.model"]
-    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, "error: standard input, line 3 (byte offset 46): has no key 'text'")):
+    refusal = "error: standard input, line 3 (byte offset 46): has no key 'text'"
+    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, refusal)):
         content = (tmp_path / "my-corpus.json").read_bytes() + lines
         outcome = subprocess.run(command, cwd=tmp_path, input=content, capture_output=True)
         assert outcome.returncode == code and outcome.stderr.decode().startswith(said), outcome.stderr
