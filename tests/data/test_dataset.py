@@ -300,10 +300,12 @@ def test_the_length_of_a_mixture_always_fits_its_data(tmp_path):
     for _ in range(300):
         seq_length, batch = int(rng.integers(16, 200)), int(rng.integers(1, 5))
         sources = tuple(
-            Source("a", int(rng.integers(2, 40)) * seq_length + int(rng.integers(0, 3)), Fraction(int(rounds), 4))
+            Source("a", int(rng.integers(2, 40)) * seq_length + int(rng.integers(0, 3)),
+                   Fraction(int(rounds), 4))
             for rounds in rng.integers(1, 12, int(rng.integers(1, 5))))
         mixture = Mixture(sources, batch, seq_length, tmp_path, "")
         allowed = sum(
-            windows_for_tokens(source.weight_tokens, source.tokens, -(-(source.tokens - 1) // seq_length), seq_length)
+            windows_for_tokens(source.weight_tokens, source.tokens,
+                               -(-(source.tokens - 1) // seq_length), seq_length)
             for source in sources)
         assert mixture.train_iters * batch <= allowed

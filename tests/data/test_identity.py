@@ -1,4 +1,4 @@
-"""Every way to a token set gives the same bytes: encoders, workers, chunks, shards, kinds of input; on five corpora."""
+"""Every way to a token set gives the same bytes: encoders, workers, chunks, shards, inputs; five corpora."""
 
 from __future__ import annotations
 

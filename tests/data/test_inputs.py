@@ -35,7 +35,8 @@ def names(folder: Path, *words: str) -> list[str]:
 
 
 def test_a_folder_is_all_json_lines_under_it_in_order(folder: Path):
-    assert names(folder, str(folder)) == ["a.json", "b.jsonl", "deep/c.ndjson", "deep/d.JSONL.gz", "e.json.zst"]
+    assert names(folder, str(folder)) == [
+        "a.json", "b.jsonl", "deep/c.ndjson", "deep/d.JSONL.gz", "e.json.zst"]
 
 
 def test_a_glob_is_its_files_in_order(folder: Path):
@@ -65,7 +66,8 @@ def test_standard_input_is_read_once():
 def test_a_changed_file_has_another_fingerprint(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     fingerprints = set()
-    for content in (b"x" * 10_000_000, b"x" * 9_999_999 + b"y", b"y" + b"x" * 9_999_999, b"x" * 9_999_999, b""):
+    for content in (b"x" * 10_000_000, b"x" * 9_999_999 + b"y", b"y" + b"x" * 9_999_999, b"x" * 9_999_999,
+                    b""):
         path.write_bytes(content)
         fingerprints.add(open_inputs([str(path)])[0].sample_sha256)
     assert len(fingerprints) == 5
@@ -105,7 +107,8 @@ def test_compressed_lines_are_cut_as_plain_ones(ending: str, chunk_bytes: int, t
 def test_a_blank_last_line_and_no_last_line_end(chunk_bytes: int, tmp_path: Path):
     for content in (LINES + b"\n", LINES + b'{"text": "last"}'):
         source = source_of(tmp_path, ".gz", gzip.compress(content))
-        texts = [text for chunk, _ in cut_stream(source, chunk_bytes, 0) for text in read_texts(chunk, ["text"])[0]]
+        texts = [text for chunk, _ in cut_stream(source, chunk_bytes, 0)
+                 for text in read_texts(chunk, ["text"])[0]]
         assert len(texts) == 400 + (content[-1:] == b"}")
 
 

@@ -35,7 +35,8 @@ PARTS = ([[1, 2], [], [3]], [], [[]], [[4, 5, 6]])
 
 
 @pytest.mark.parametrize("in_the_kernel", [True, False])
-def test_joined_sets_equal_one_and_the_engines(in_the_kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_joined_sets_equal_one_and_the_engines(in_the_kernel: bool, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     if not in_the_kernel:
@@ -56,7 +57,8 @@ def test_joined_sets_equal_one_and_the_engines(in_the_kernel: bool, tmp_path: Pa
 def test_an_index_of_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(indexed, "BLOCK", 3)
     documents = [[number] * (number % 4) for number in range(25)]
-    merge_sets([write(tmp_path / "a", documents[:11]), write(tmp_path / "b", documents[11:])], str(tmp_path / "all"))
+    parts = [write(tmp_path / "a", documents[:11]), write(tmp_path / "b", documents[11:])]
+    merge_sets(parts, str(tmp_path / "all"))
     monkeypatch.undo()
     write(tmp_path / "one", documents)
     assert files(tmp_path / "all") == files(tmp_path / "one")
@@ -72,7 +74,8 @@ def test_manifests_are_summed(tmp_path: Path):
     assert manifest["tokenizer"] == TOKENIZER and manifest["json_key"] == "text"
     assert [source["path"] for source in manifest["sources"]] == ["a", "b"]
     assert manifest["rejected"] == {"x": 3, "y": 1}
-    assert (manifest["documents"], manifest["tokens"], manifest["text_bytes"], manifest["seconds"]) == (2, 4, 14, 3)
+    sums = [manifest[name] for name in ("documents", "tokens", "text_bytes", "seconds")]
+    assert sums == [2, 4, 14, 3]
 
 
 def test_what_does_not_go_together_is_named(tmp_path: Path):
@@ -126,7 +129,8 @@ def test_the_tool(tmp_path: Path, run_tool):
     outcome = run_tool("tools/merge_datasets.py", "--input", one, other, "--output-prefix", tmp_path / "all",
                        env={"COLUMNS": "200"})
     assert outcome.returncode == 0, outcome.stderr
-    assert IndexedTokens(tmp_path / "all").tokens.tolist() == [1, 2, 3] and str(tmp_path / "all") in outcome.stdout
+    assert IndexedTokens(tmp_path / "all").tokens.tolist() == [1, 2, 3]
+    assert str(tmp_path / "all") in outcome.stdout
     outcome = run_tool("tools/merge_datasets.py", "--output-prefix", tmp_path / "none")
     assert outcome.returncode == 2 and outcome.stderr.startswith("error: --output-prefix ")
     assert outcome.stderr.count("\n") == 1

@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 
 from megatron.pretrain.config import TokenizerConfig
+from megatron.pretrain.data import _native
 from megatron.pretrain.data.documents import BadDocument, Chunk
 from megatron.pretrain.data.encoders import PythonEncoder, choose_encoder
 from megatron.pretrain.data.native_encoder import Declined, NativeEncoder
@@ -103,6 +104,19 @@ def test_units_of_any_length_and_more_of_them_than_the_caches_hold(train):
     assert encode(encoder, texts) == library.encode(texts)
 
 
+@pytest.mark.parametrize("settings", COVERED.values(), ids=COVERED)
+def test_the_ids_of_whole_units_begin_those_of_any_text_that_goes_on(settings: dict, train):
+    model = train(settings)
+    texts, draw = Texts(model, seed=4), random.Random(4)
+    drawn = [text for text in (texts.draw() for _ in range(3000)) if text]
+    native = _native.Encoder16(model.read_bytes(), ["text"], None)
+    begun = [native.whole_units(text[:draw.randint(1, len(text))]) for text in drawn]
+    assert sum(map(bool, begun)) > len(drawn) / 3
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text, start, whole, part in zip(drawn, begun, library.encode(drawn), library.encode(begun)):
+        assert text.startswith(start) and whole[:len(part)] == part, (text, start)
+
+
 @pytest.mark.parametrize("settings", DECLINED.values(), ids=DECLINED)
 def test_models_that_are_not_covered_go_to_the_library(settings: dict, train):
     tokenizer = tokenizer_of(train(settings))
@@ -143,7 +157,8 @@ BAD_LINES = [
     b'{"text" "a"}', b'{"text":"\\x"}', b'{"text":"\\u12g4"}', b'{"text":"\\ud800"}',
     b'{"text":"\\ud800\\u0041"}',
     b'{"text":"\\udc00"}', b'{"text":"raw\ttab"}', b'{"text":"\xff"}', b'{"text":"\xed\xa0\x80"}',
-    b'{"text":"\xc0\x80"}', b'{"text":"\xf4\x90\x80\x80"}', b'{"text":"\xe4\xb8"}', b'{"text":"a","x":"\xff"}',
+    b'{"text":"\xc0\x80"}', b'{"text":"\xf4\x90\x80\x80"}', b'{"text":"\xe4\xb8"}',
+    b'{"text":"a","x":"\xff"}',
     b'\xef\xbb\xbf{"text":"a"}', b'{"text":"a","n":01}', b'{"text":"a","n":.5}', b'{"text":"a","n":1.}',
     b'{"text":"a","n":tru}', b'{"text":"a","n":[1,]}', b'{"text":"a","n":{"a"}}', b'{"text":"a","n":"\\x"}',
     b'{"text":"a","n":' + b"1" * 5000 + b'}', b'{"text":"a","d":' + b"[" * 5000 + b"]" * 5000 + b"}",

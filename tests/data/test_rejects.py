@@ -105,12 +105,14 @@ def test_shards_list_the_lines_of_the_whole(count: int, corpus: Path, tiny_token
     merge_shards(str(corpus.with_name("out")))
     assert rejects(corpus.parent) == whole
     assert [corpus.with_name(name).read_bytes() for name in names] == straight
-    assert {**read_manifest(corpus.with_name("out_text_document")), "seconds": 0} == {**manifest, "seconds": 0}
+    resumed = read_manifest(corpus.with_name("out_text_document"))
+    assert {**resumed, "seconds": 0} == {**manifest, "seconds": 0}
 
 
 @pytest.mark.parametrize("shard", [Shard(), Shard(3, 3)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_first_bad_line_is_named_with_its_number(shard: Shard, packed: bool, corpus: Path, tiny_tokenizer: Path):
+def test_the_first_bad_line_is_named_with_its_number(shard: Shard, packed: bool, corpus: Path,
+                                                     tiny_tokenizer: Path):
     lines = [json.dumps(GOOD).encode() for _ in range(90)]
     lines[70:70] = [b"{}"]
     corpus.write_bytes(b"\n".join(lines))
@@ -118,12 +120,14 @@ def test_the_first_bad_line_is_named_with_its_number(shard: Shard, packed: bool,
         corpus = corpus.with_name("corpus.jsonl.gz")
         corpus.write_bytes(gzip.compress(b"\n".join(lines)))
     start = 70 * (len(lines[0]) + 1)
-    with pytest.raises(UserError, match=rf"{corpus.name}, line 71 \(byte offset {start}\): has no key 'text'"):
+    sentence = rf"{corpus.name}, line 71 \(byte offset {start}\): has no key 'text'"
+    with pytest.raises(UserError, match=sentence):
         run(corpus, tiny_tokenizer, skip_bad_lines=False, shard=shard, chunk_bytes=100, workers=3)
 
 
 def test_nothing_but_bad_lines_is_refused(tmp_path: Path, tiny_tokenizer: Path):
     (tmp_path / "corpus.jsonl").write_bytes(b"{}\n" * 3 + b"[]\n")
-    with pytest.raises(UserError, match=r"holds no document \(3 lines: key missing; 1 lines: not an object\)"):
+    sentence = r"holds no document \(3 lines: key missing; 1 lines: not an object\)"
+    with pytest.raises(UserError, match=sentence):
         run(tmp_path / "corpus.jsonl", tiny_tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]

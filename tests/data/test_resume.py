@@ -44,15 +44,20 @@ def config(corpus: Path, tokenizer: Path, **settings) -> PreprocessConfig:
 
 def results(folder: Path) -> dict[str, bytes]:
     """Names and bytes of what a run wrote; of manifests, all but the time."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(("out", ".out"))}
+    found = {path.name: path.read_bytes() for path in folder.iterdir()
+             if path.name.startswith(("out", ".out"))}
     for name, content in found.items():
         if name.endswith(".json"):
             found[name] = {**json.loads(content), "seconds": 0}
     return found
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, *, commit: bool = False) -> None:
-    """Let `error` strike when `chunks` chunks are written and another one half; `commit`: after each commit."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, *,
+               commit: bool = False) -> None:
+    """Let `error` strike when `chunks` chunks are written and another one half.
+
+    commit: note the place after each chunk.
+    """
     add = outputs.RunOutput.add
     left = iter(range(chunks))
 
@@ -67,13 +72,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseExceptio
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 4, 7])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), WorkerGone("worker process 7 was killed")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143),
+                                   WorkerGone("worker process 7 was killed")])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-        chunks: int, error: BaseException, corpus: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+        chunks: int, error: BaseException, corpus: Path, tiny_tokenizer: Path,
+        monkeypatch: pytest.MonkeyPatch):
     preprocess(config(corpus, tiny_tokenizer))
     straight = results(corpus.parent)
-    assert set(straight) == {"out_rejects.jsonl", *(f"out_{key}_document.{ending}" for key in ("text", "title")
-                                                   for ending in ("bin", "idx", "json"))}
+    files = {f"out_{key}_document.{ending}" for key in ("text", "title") for ending in ("bin", "idx", "json")}
+    assert set(straight) == {"out_rejects.jsonl", *files}
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         stop_after(patch, chunks, error)
         preprocess(config(corpus, tiny_tokenizer))
@@ -125,7 +132,8 @@ preprocess(config(Path({corpus!r}), Path({tokenizer!r})))
 
 
 @pytest.mark.parametrize("where", ["chunk", "0", "1", "4", "6"])
-def test_a_killed_run_goes_on_even_from_the_middle_of_renaming(where: str, corpus: Path, tiny_tokenizer: Path):
+def test_a_killed_run_goes_on_even_from_the_middle_of_renaming(where: str, corpus: Path,
+                                                               tiny_tokenizer: Path):
     preprocess(config(corpus, tiny_tokenizer))
     straight = results(corpus.parent)
     program = KILL.format(tests=str(Path(__file__).parent), where=where, corpus=str(corpus),
@@ -142,7 +150,8 @@ def test_a_killed_run_goes_on_even_from_the_middle_of_renaming(where: str, corpu
     ({"skip_bad_lines": False}, r'another on_error \(\"skip\", now \"fail\"\)'),
     ({"inputs": ()}, "another inputs"),
 ])
-def test_other_settings_cannot_go_on(settings: dict, sentence: str, corpus: Path, tiny_tokenizer: Path, monkeypatch):
+def test_other_settings_cannot_go_on(settings: dict, sentence: str, corpus: Path, tiny_tokenizer: Path,
+                                     monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2, KeyboardInterrupt())
         preprocess(config(corpus, tiny_tokenizer))
@@ -155,7 +164,8 @@ def test_other_settings_cannot_go_on(settings: dict, sentence: str, corpus: Path
 
 
 @pytest.mark.parametrize("change", ["content", "tokenizer", "parts"])
-def test_changed_files_cannot_go_on(change: str, corpus: Path, tiny_tokenizer: Path, monkeypatch, tmp_path: Path):
+def test_changed_files_cannot_go_on(change: str, corpus: Path, tiny_tokenizer: Path, monkeypatch,
+                                    tmp_path: Path):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2, KeyboardInterrupt())
         preprocess(config(corpus, tiny_tokenizer))
@@ -178,8 +188,8 @@ def test_without_resume_what_was_left_goes(corpus: Path, tiny_tokenizer: Path, m
         stop_after(patch, 2, KeyboardInterrupt())
         preprocess(config(corpus, tiny_tokenizer))
     preprocess(config(corpus, tiny_tokenizer, json_keys=("title",)))
-    assert set(results(corpus.parent)) == {"out_rejects.jsonl", "out_title_document.bin", "out_title_document.idx",
-                                           "out_title_document.json"}
+    assert set(results(corpus.parent)) == {"out_rejects.jsonl", "out_title_document.bin",
+                                           "out_title_document.idx", "out_title_document.json"}
 
 
 def test_nothing_to_go_on_from_is_a_beginning(corpus: Path, tiny_tokenizer: Path):

@@ -1,4 +1,4 @@
-"""A mixture of 2,000 sources and 10^9 samples: set up without a loop over samples, found at any place at once."""
+"""A mixture of 2,000 sources and 10^9 samples: set up without a loop, found at any place at once."""
 
 from __future__ import annotations
 
@@ -68,4 +68,5 @@ def test_a_truncated_one_of_two_thousand_is_named_before_training(prefixes: list
     damaged.unlink()
     damaged.write_bytes(content[:-2])
     with pytest.raises(UserError, match="source1234.bin: is .* bytes long where its .idx asks for"):
-        open_dataset([Blended(prefix, 1.0) for prefix in prefixes], tokenizer=tokenizer, seq_length=32, seed=42)
+        open_dataset([Blended(prefix, 1.0) for prefix in prefixes], tokenizer=tokenizer, seq_length=32,
+                     seed=42)

@@ -19,7 +19,8 @@ def lines_of(path: Path, sizes: list[int]) -> bytes:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_every_line_is_in_one_shard(count: int, tmp_path: Path):
-    contents = [lines_of(tmp_path / "a.jsonl", [5, 0, 900, 3, 3, 3]), lines_of(tmp_path / "b.jsonl", [7] * 40),
+    contents = [lines_of(tmp_path / "a.jsonl", [5, 0, 900, 3, 3, 3]),
+                lines_of(tmp_path / "b.jsonl", [7] * 40),
                 lines_of(tmp_path / "d.jsonl", [1])]
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(contents[2]))
     names = ["a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl"]

@@ -195,7 +195,8 @@ def test_a_killed_worker_ends_the_run(long_run, tmp_path: Path):
     assert all(name.startswith(".out") for name in outputs(tmp_path))
 
 
-def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool, tmp_path: Path):
+def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_tokenizer: Path, run_tool,
+                                                             tmp_path: Path):
     workers = psutil.Process(long_run.pid).children()
     long_run.kill()
     wait_for(lambda: not any(is_alive(worker) for worker in workers), timeout_s=30)
@@ -213,7 +214,8 @@ def test_standard_input(tmp_path: Path, preprocess):
     assert preprocess().returncode == 0
     command = [sys.executable, str(TOOL), "--input", "-", "--output-prefix", "piped", "--tokenizer-model",
                "neo/tokenizer.model"]
-    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, "error: standard input, line 3 (byte offset 46): has no key 'text'")):
+    refusal = "error: standard input, line 3 (byte offset 46): has no key 'text'"
+    for lines, code, said in ((b"", 0, ""), (b"{}\n", 2, refusal)):
         content = (tmp_path / "my-corpus.json").read_bytes() + lines
         outcome = subprocess.run(command, cwd=tmp_path, input=content, capture_output=True)
         assert outcome.returncode == code and outcome.stderr.decode().startswith(said), outcome.stderr
@@ -232,6 +234,31 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, tiny_token
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)))
     assert_refused(outcome, "cannot write out_text_document.bin: File too large")
     assert outputs(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 512 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+                             capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name, document, documents", [("bin", "some more words " * 500, 500),
+                                                       ("idx", "a", 20_000)])
+def test_a_disk_that_fills_up_is_left_as_it_was(name: str, document: str, documents: int, small_disk: Path,
+                                                tmp_path: Path, tiny_tokenizer: Path):
+    (tmp_path / "my-corpus.json").write_text((json.dumps({"text": document}) + "\n") * documents)
+    outcome = subprocess.run(
+        [sys.executable, str(TOOL), "--input", str(tmp_path / "my-corpus.json"), "--output-prefix", "out",
+         "--tokenizer-model", str(tiny_tokenizer)], cwd=small_disk, capture_output=True, text=True)
+    assert_refused(outcome, f"cannot write out_text_document.{name}: No space left on device")
+    assert list(small_disk.iterdir()) == []
 
 
 def test_a_terminal_gets_a_bar(preprocess, tmp_path: Path):

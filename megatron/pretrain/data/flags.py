@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +30,8 @@ class FlagParser(argparse.ArgumentParser):
         return self.parse_args(words)
 
     def _about_unknown(self, flag: str) -> str:
+        import difflib  # a mistake can wait for it, a run need not
+
         nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f"unknown flag {flag}; " + (f"the nearest known one is {nearest[0]}" if nearest
                                            else "--help lists the known ones")

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteProgress:
-    """A context manager on standard error; `advance(n)` after every `n` bytes of `total_bytes` (0: unknown)."""
+    """A context manager on standard error; `advance(n)` after every `n` of `total_bytes` (0: unknown)."""
 
     def __init__(self, label: str, total_bytes: int) -> None:
         self._label, self._total_bytes = label, total_bytes

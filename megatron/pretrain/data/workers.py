@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -103,9 +104,33 @@ def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connecti
         except Exception as error:
             answer = error, traceback.format_exc()
         try:
-            pipe.send(answer)
+            _send_answer(pipe, answer)
         except OSError:
             return
+
+
+def _send_answer(pipe: Connection, answer: Any) -> None:
+    """Arrays go as they lie in memory, after the rest; a pickle that held them would be two more copies."""
+    buffers: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(answer, protocol=5, buffer_callback=buffers.append)
+    arrays = [buffer.raw() for buffer in buffers]
+    pipe.send((rest, [array.nbytes for array in arrays]))
+    for array in arrays:
+        while array.nbytes:
+            array = array[os.write(pipe.fileno(), array):]
+
+
+def _receive_answer(pipe: Connection) -> Any:
+    rest, sizes_bytes = pipe.recv()
+    arrays = [bytearray(size_bytes) for size_bytes in sizes_bytes]
+    for array in arrays:
+        left = memoryview(array)
+        while left.nbytes:
+            read_bytes = os.readv(pipe.fileno(), [left])
+            if not read_bytes:
+                raise EOFError
+            left = left[read_bytes:]
+    return pickle.loads(rest, buffers=arrays)
 
 
 def _receive_tasks(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
@@ -145,7 +170,7 @@ def _next(due: deque[tuple[Any, _Worker]]) -> tuple[Any, Any]:
 
 def _receive(worker: _Worker) -> Any:
     try:
-        result, trace = worker.pipe.recv()
+        result, trace = _receive_answer(worker.pipe)
     except (EOFError, OSError):
         raise _gone(worker) from None
     if trace is not None:

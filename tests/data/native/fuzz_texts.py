@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     each = -(-flags.strings // len(flags.models))
-    sys.exit(any([differences(model, each, flags.seed + number) for number, model in enumerate(flags.models)]))
+    found = [differences(model, each, flags.seed + number) for number, model in enumerate(flags.models)]
+    sys.exit(any(found))
 
 
 if __name__ == "__main__":

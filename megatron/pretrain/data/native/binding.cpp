@@ -53,7 +53,7 @@ py::tuple take(ChunkEncoder<Id>& encoder, size_t key) {
 }
 
 template <class Id>
-py::str whole_units(const ChunkEncoder<Id>& encoder, const py::str& text) {
+py::str whole_units(ChunkEncoder<Id>& encoder, const py::str& text) {
   const std::string utf8 = text;
   return py::str(utf8.data(), encoder.last_boundary(bytes_of(utf8), utf8.size()));
 }

@@ -49,24 +49,34 @@ class ChunkEncoder {
 
   // Appends a document to one column: `text` is valid UTF-8, read by others.
   void encode_text(size_t key, const Byte* text, size_t size) {
-    text_.clear();
-    if (size && vocabulary_.add_dummy_prefix()) text_.push_back(' ');
-    text_.append(text, text + size);
+    set_text(text, size);
     append(columns_[key], text_, size);
   }
 
-  // Where the last unit of a text begins, as an offset in it: up to there its ids do not depend on the
-  // rest. 0 for a text of one unit.
-  size_t last_boundary(const Byte* text, size_t size) const {
-    const Byte* last = text;
-    Splitter(vocabulary_).split(text, size, [&last](const Byte* unit, size_t) { last = unit; });
-    return static_cast<size_t>(last - text);
+  // Where a unit near the text's end begins, as an offset in it: up to there its ids do not depend on what
+  // follows, in the text or after it. 0 for a text of one unit.
+  size_t last_boundary(const Byte* text, size_t size) {
+    set_text(text, size);
+    const Byte* const start = text_.data() + (text_.size() - size);  // after the prefix, if there is one
+    const Byte* const end = text_.data() + text_.size();
+    const Byte* last = start;
+    Splitter(vocabulary_).split(text_.data(), text_.size(), [&](const Byte* unit, size_t) {
+      // Whether the last character begins a unit, one that follows the text may change.
+      if (unit > start && end - unit > 1) last = unit;
+    });
+    return static_cast<size_t>(last - start);
   }
 
   const Column<Id>& column(size_t key) const { return columns_.at(key); }
   size_t columns() const { return columns_.size(); }
 
  private:
+  void set_text(const Byte* text, size_t size) {
+    Byte* to = text_.start(size + 1);
+    if (size && vocabulary_.add_dummy_prefix()) *to++ = ' ';
+    text_.finish(std::copy(text, text + size, to));
+  }
+
   void append(Column<Id>& column, const Text& text, size_t text_size) {
     const size_t before = column.ids.size();
     encoder_.encode(text.data(), text.size(), column.ids);

@@ -28,6 +28,14 @@ uint64_t special_bits(uint64_t word) {
   return ((quote - kOnes) & ~quote) | ((backslash - kOnes) & ~backslash) | ((word - kOnes * 0x20) & ~word);
 }
 
+// How many bytes of the word stand before its first special one; `found` are its special bits.
+size_t plain_bytes(const Byte* at, uint64_t found) {
+  if (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) return static_cast<size_t>(__builtin_ctzll(found)) / 8;
+  size_t count = 0;
+  while (!is_special(at[count])) ++count;
+  return count;
+}
+
 }  // namespace
 
 JsonLine::JsonLine(std::vector<std::string> keys, std::string prefix)
@@ -81,32 +89,50 @@ bool JsonLine::read_member() {
 
 bool JsonLine::read_text(Text& text) {
   if (!take('"')) return false;
-  text.clear();
-  text.append(reinterpret_cast<const Byte*>(prefix_.data()),
-              reinterpret_cast<const Byte*>(prefix_.data()) + prefix_.size());
+  Byte* const start = text.start(prefix_.size() + static_cast<size_t>(end_ - at_));
+  Byte* const begin = std::copy(prefix_.begin(), prefix_.end(), start);
+  Byte* to = begin;
   for (;;) {
-    const Byte* run = at_;
-    at_ = find_special();
-    text.append(run, at_);
+    to = copy_plain(to);
     if (at_ == end_) return false;
     if (take('"')) break;
-    if (!take('\\') || !append_escape(text)) return false;
+    if (!take('\\') || !read_escape(to)) return false;
   }
-  if (text.size() == prefix_.size()) text.clear();  // an empty text has no prefix either
+  text.finish(to == begin ? start : to);  // an empty text has no prefix either
   return true;
 }
 
-bool JsonLine::append_escape(Text& text) {
+// Whole words are copied: what is not yet to be copied will be overwritten.
+Byte* JsonLine::copy_plain(Byte* to) {
+  for (; end_ - at_ >= 8; at_ += 8, to += 8) {
+    const uint64_t word = load(at_);
+    std::memcpy(to, &word, sizeof word);
+    string_bits_ |= word;
+    if (const uint64_t found = special_bits(word) & kHighs) {
+      const size_t count = plain_bytes(at_, found);
+      at_ += count;
+      return to + count;
+    }
+  }
+  for (; at_ < end_ && !is_special(*at_); ++at_) {
+    string_bits_ |= *at_ * kOnes;
+    *to++ = *at_;
+  }
+  return to;
+}
+
+// Writes the character, up to 4 bytes, and moves `to` behind it.
+bool JsonLine::read_escape(Byte*& to) {
   if (at_ == end_) return false;
   switch (*at_++) {
-    case '"': text.push_back('"'); return true;
-    case '\\': text.push_back('\\'); return true;
-    case '/': text.push_back('/'); return true;
-    case 'b': text.push_back('\b'); return true;
-    case 'f': text.push_back('\f'); return true;
-    case 'n': text.push_back('\n'); return true;
-    case 'r': text.push_back('\r'); return true;
-    case 't': text.push_back('\t'); return true;
+    case '"': *to++ = '"'; return true;
+    case '\\': *to++ = '\\'; return true;
+    case '/': *to++ = '/'; return true;
+    case 'b': *to++ = '\b'; return true;
+    case 'f': *to++ = '\f'; return true;
+    case 'n': *to++ = '\n'; return true;
+    case 'r': *to++ = '\r'; return true;
+    case 't': *to++ = '\t'; return true;
     case 'u': break;
     default: return false;
   }
@@ -117,7 +143,7 @@ bool JsonLine::append_escape(Text& text) {
     if (low < 0xDC00 || low >= 0xE000) return false;
     unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
   }
-  text.append_character(unit);
+  to += encode(unit, to);
   return true;
 }
 
@@ -135,12 +161,12 @@ bool JsonLine::read_unit(uint32_t& unit) {
 // Escapes of a string that is not read are checked all the same: a bad one makes the line no JSON.
 bool JsonLine::skip_string() {
   if (!take('"')) return false;
-  Text ignored;
   for (;;) {
+    Byte ignored[4], *to = ignored;
     at_ = find_special();
     if (at_ == end_) return false;
     if (take('"')) return true;
-    if (!take('\\') || !append_escape(ignored)) return false;
+    if (!take('\\') || !read_escape(to)) return false;
   }
 }
 
@@ -205,8 +231,8 @@ const Byte* JsonLine::find_special() {
   const Byte* at = at_;
   for (; end_ - at >= 8; at += 8) {
     const uint64_t word = load(at);
-    if (special_bits(word) & kHighs) break;
     string_bits_ |= word;
+    if (const uint64_t found = special_bits(word) & kHighs) return at + plain_bytes(at, found);
   }
   for (; at < end_ && !is_special(*at); ++at) string_bits_ |= *at * kOnes;
   return at;

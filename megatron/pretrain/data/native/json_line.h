@@ -14,16 +14,12 @@ namespace neo {
 // A text as `TextEncoder` wants it: perhaps a space before it, and bytes that may be read after it.
 class Text {
  public:
-  void clear() { bytes_.clear(); }
-  void push_back(Byte byte) { append(&byte, &byte + 1); }
-  void append(const Byte* begin, const Byte* end) {
-    Byte* to = bytes_.room_for(static_cast<size_t>(end - begin) + kReadAhead);
-    bytes_.finish(std::copy(begin, end, to));
+  // A place for a new text of up to `size` bytes; `finish` says where it ended.
+  Byte* start(size_t size) {
+    bytes_.clear();
+    return bytes_.room_for(size + kReadAhead);
   }
-  void append_character(uint32_t code_point) {
-    Byte* to = bytes_.room_for(4 + kReadAhead);
-    bytes_.finish(to + encode(code_point, to));
-  }
+  void finish(const Byte* end) { bytes_.finish(end); }
   const Byte* data() const { return bytes_.data(); }
   size_t size() const { return bytes_.size(); }
 
@@ -51,7 +47,8 @@ class JsonLine {
   bool read_object();
   bool read_member();
   bool read_text(Text& text);
-  bool append_escape(Text& text);
+  Byte* copy_plain(Byte* to);
+  bool read_escape(Byte*& to);
   bool read_unit(uint32_t& unit);
   bool skip_string();
   bool skip_value(int depth);
@@ -69,7 +66,8 @@ class JsonLine {
   std::vector<bool> found_;
   const Byte* at_ = nullptr;
   const Byte* end_ = nullptr;
-  uint64_t string_bits_ = 0;  // all bytes of the line's strings, or-ed: is one of them not ASCII?
+  // All bytes of the line's strings, and some after them, or-ed: is one of them not ASCII?
+  uint64_t string_bits_ = 0;
 };
 
 }  // namespace neo

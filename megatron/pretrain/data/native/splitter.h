@@ -9,6 +9,11 @@
 // to end. What follows a merge does not change this: unknown characters become bytes one by one, and
 // unused pieces and user-defined symbols, which SentencePiece treats by other rules, are declined.
 //
+// The same holds of more boundaries. Let c stand before a and d after b. A symbol that reaches over the
+// boundary between a and b is ab itself, or it has cab or abd in it. Where ab is no piece, and neither cab
+// nor abd stands in one, no merge crosses that boundary. This is looked at in ASCII, where it makes units of
+// text without pattern so short that they are seen again; for other characters it costs more than it saves.
+//
 // A character that stands in no piece has boundaries on both sides and is a unit of its own.
 #pragma once
 
@@ -30,7 +35,7 @@ class Splitter {
     if (size == 0) return;
     size_t unit = 0;
     for (size_t block = 0; block < size; block += kBlock) {
-      uint64_t boundaries = boundaries_of(text, block, std::min(size - block, kBlock));
+      uint64_t boundaries = boundaries_of(text, block, std::min(size - block, kBlock), size);
       for (; boundaries; boundaries &= boundaries - 1) {
         const size_t at = block + static_cast<size_t>(__builtin_ctzll(boundaries));
         take(text + unit, at - unit);
@@ -44,12 +49,13 @@ class Splitter {
   static constexpr size_t kBlock = 64;
 
   // Bit i: a unit begins at block + i. Never set for the text's first byte.
-  uint64_t boundaries_of(const Byte* text, size_t block, size_t size) const {
-    const bool starts_text = block == 0;
-    uint64_t found = is_ascii(text + block - !starts_text, size + !starts_text)
-                         ? ascii_boundaries(text + block, size, starts_text ? text : text + block - 1)
-                         : other_boundaries(text + block, size, text);
-    return starts_text ? found & ~1ull : found;
+  uint64_t boundaries_of(const Byte* text, size_t block, size_t size, size_t text_size) const {
+    const size_t before = block ? 2 : 0, after = block + size < text_size;
+    const Byte* const at = text + block;
+    uint64_t found = is_ascii(at - before, before + size + after)
+                         ? ascii_boundaries(at, size, block ? at[-2] << 7 | at[-1] : 0, after)
+                         : other_boundaries(at, size, text);
+    return block ? found : found & ~1ull;
   }
 
   static bool is_ascii(const Byte* at, size_t size) {
@@ -58,17 +64,20 @@ class Splitter {
     return all < 0x80;
   }
 
-  // Without a branch on the data: what text comes next is what a processor guesses worst.
-  uint64_t ascii_boundaries(const Byte* at, size_t size, const Byte* before) const {
-    uint64_t found = 0;
-    Byte previous = *before;
+  // Without a branch on the data: what text comes next is what a processor guesses worst. `last` are the
+  // two characters before, 7 bits each; 0, which stands in no piece, where there is none. `after`: whether
+  // one follows.
+  uint64_t ascii_boundaries(const Byte* at, size_t size, uint32_t last, bool after) const {
+    uint64_t pairs = 0, triples = 0;
+    const auto append = [&last](Byte byte) { return last = (last << 7 | byte) & 0x1FFFFF; };
     for (size_t i = 0; i < size; ++i) {
-      const Byte current = at[i];
-      const uint64_t joins = vocabulary_.ascii_joins(previous)[current >> 6] >> (current & 63) & 1;
-      found |= (joins ^ 1) << i;
-      previous = current;
+      const uint64_t joins = vocabulary_.ascii_joins(append(at[i]));
+      pairs |= (joins >> 1) << i;
+      triples |= (joins & 1) << i;
     }
-    return found;
+    const uint64_t next = after ? vocabulary_.ascii_joins(append(at[size])) & 1 : 0;
+    const uint64_t joined = pairs | triples | triples >> 1 | next << (size - 1);
+    return ~joined & ~0ull >> (kBlock - size);
   }
 
   uint64_t other_boundaries(const Byte* at, size_t size, const Byte* text) const {

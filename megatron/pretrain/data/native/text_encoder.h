@@ -37,22 +37,23 @@ class TextEncoder {
   size_t most_ids(size_t size) const { return vocabulary_.has_space() ? size : 3 * size; }
 
   void append(const Byte* unit, size_t size) {
-    if (size <= ShortKey::kMostBytes) {
-      pending_[n_pending_++] = {ShortKey(unit, size), unit, size};
-      short_units_.prefetch(pending_[n_pending_ - 1].key);
-      if (n_pending_ == kMostPending) flush();
-      return;
-    }
-    flush();
-    if (size <= LongKey::kMostBytes)
-      append_cached(long_units_, LongKey(unit, size), unit, size);
-    else
-      write(merger_.merge(unit, size));
+    pending_[n_pending_] = {ShortKey(unit, size & 15), unit, size};
+    short_units_.prefetch(pending_[n_pending_].key);
+    if (++n_pending_ == kMostPending) flush();
   }
 
   void flush() {
-    for (size_t i = 0; i < n_pending_; ++i)
-      append_cached(short_units_, pending_[i].key, pending_[i].unit, pending_[i].size);
+    for (size_t i = 0; i < n_pending_; ++i) {
+      const Pending& unit = pending_[i];
+      if (unit.size == 1 && vocabulary_.ascii_id(*unit.start) != kNoSymbol)
+        *out_++ = static_cast<Id>(vocabulary_.ascii_id(*unit.start));
+      else if (unit.size <= ShortKey::kMostBytes)
+        append_cached(short_units_, unit.key, unit.start, unit.size);
+      else if (unit.size <= LongKey::kMostBytes)
+        append_cached(long_units_, LongKey(unit.start, unit.size), unit.start, unit.size);
+      else
+        write(merger_.merge(unit.start, unit.size));
+    }
     n_pending_ = 0;
   }
 
@@ -71,10 +72,10 @@ class TextEncoder {
   void copy(const LongSlot<Id>& slot) { out_ = std::copy(slot.ids, slot.ids + slot.count, out_); }
   void write(const std::vector<uint32_t>& ids) { out_ = std::copy(ids.begin(), ids.end(), out_); }
 
-  // Short units wait until some have come together, while the cache's memory is fetched for them.
+  // Units wait until some have come together, while the cache's memory is fetched for them.
   struct Pending {
-    ShortKey key;
-    const Byte* unit;
+    ShortKey key;  // of no meaning for a unit that is longer
+    const Byte* start;
     size_t size;
   };
   static constexpr size_t kMostPending = 32;

@@ -2,26 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
-#include "utf8.h"
+#include "hash.h"
 
 namespace neo {
 
 // Units are read in whole words: so many bytes past the end of a text must be readable. What they hold
 // does not matter.
 constexpr size_t kReadAhead = 16;
-
-inline uint64_t load(const Byte* at) {
-  uint64_t word;
-  std::memcpy(&word, at, sizeof word);
-  return word;
-}
-
-inline uint64_t mix(uint64_t a, uint64_t b) {
-  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
-  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
 
 // Where byte i of memory lies in a word.
 constexpr int byte_shift(size_t i) {

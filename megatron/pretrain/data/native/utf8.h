@@ -62,7 +62,7 @@ inline bool is_utf8(const Byte* at, const Byte* end) {
       continue;
     }
     if (lead > 0xE0 && lead < 0xED && end - at >= 3) {  // most of Asia's characters
-      if (!is_tail(at[1]) || !is_tail(at[2])) return false;
+      if (!(is_tail(at[1]) & is_tail(at[2]))) return false;
       at += 3;
       continue;
     }

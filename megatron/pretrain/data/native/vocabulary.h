@@ -12,14 +12,16 @@
 #include <memory>
 #include <vector>
 
+#include "hash.h"
 #include "model.h"
 #include "utf8.h"
 
 namespace neo {
 
 using Symbol = uint32_t;
+constexpr int kSymbolBits = 20;
 // A character that stands in no piece. It has no neighbour to merge with: see `may_join`.
-constexpr Symbol kNoSymbol = 0xFFFFFFFF;
+constexpr Symbol kNoSymbol = (1u << kSymbolBits) - 1;
 constexpr uint32_t kSpaceMark = 0x2581;  // ▁, which SentencePiece writes for a space
 
 // What a pair of symbols becomes. Ranks are the scores' order as integers: the smaller rank has the
@@ -28,6 +30,17 @@ struct Merge {
   static constexpr int32_t kNever = 0x7FFFFFFF;
   int32_t rank = kNever;
   Symbol symbol = kNoSymbol;
+};
+
+// A set of hashes that is never wrong about what it has. 2 Mbit, 256 KiB: it stays in a core's own cache.
+class Filter {
+ public:
+  void add(uint64_t hash) { words_[hash >> 6 & kMask] |= 1ull << (hash & 63); }
+  bool may_have(uint64_t hash) const { return words_[hash >> 6 & kMask] >> (hash & 63) & 1; }
+
+ private:
+  static constexpr size_t kMask = (1 << 15) - 1;
+  std::vector<uint64_t> words_ = std::vector<uint64_t>(kMask + 1);
 };
 
 class Vocabulary {
@@ -42,6 +55,8 @@ class Vocabulary {
     return characters_[page_of_[code_point >> kPageBits]][code_point & kPageMask];
   }
   bool is_piece(Symbol symbol) const { return symbol < pieces_; }
+  // Of an ASCII character that is one id where it stands alone; else kNoSymbol.
+  Symbol ascii_id(Byte byte) const { return ascii_ids_[byte]; }
   // The character of a symbol that is no piece.
   uint32_t character_of(Symbol symbol) const { return extra_characters_[symbol - pieces_]; }
   uint32_t byte_id(Byte byte) const { return byte_ids_[byte]; }
@@ -49,51 +64,50 @@ class Vocabulary {
   Merge merge_of(Symbol left, Symbol right) const {
     const uint64_t key = pair_key(left, right);
     const uint64_t hash = hash_of(key);
-    if (!(merge_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1)) return Merge{};
+    if (!merge_filter_.may_have(hash)) return Merge{};
     for (size_t slot = hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
-      if (merges_[slot].key == key) return merges_[slot].merge;
-      if (merges_[slot].key == kNoKey) return Merge{};
+      if (merges_[slot] >> kMergedBits == key) return merge_to(merges_[slot] & kMergedMask);
+      if (merges_[slot] == kEmptySlot) return Merge{};
     }
   }
 
   // False only where the characters stand side by side in no piece. (True may be a chance match of the
   // filter; that costs time, not exactness.) Neither may be kNoSymbol.
   bool may_join(Symbol left, Symbol right) const {
-    const uint64_t hash = hash_of(pair_key(left, right));
-    return join_filter_[hash >> 6 & kFilterMask] >> (hash & 63) & 1;
+    return join_filter_.may_have(hash_of(pair_key(left, right)));
   }
-  // The same for ASCII characters, exactly: bit `right` of 128.
-  const std::array<uint64_t, 2>& ascii_joins(Byte left) const { return ascii_joins_[left]; }
+  // Of three ASCII characters, 7 bits each: bit 0, whether they stand side by side in some piece; bit 1,
+  // whether the last two are a piece.
+  uint64_t ascii_joins(uint32_t three) const { return ascii_joins_[three >> 5] >> (2 * (three & 31)) & 3; }
 
  private:
-  struct MergeSlot {
-    uint64_t key = kNoKey;
-    Merge merge;
-  };
   class Builder;
 
   static constexpr int kPageBits = 8;
   static constexpr uint32_t kPageMask = (1u << kPageBits) - 1;
   static constexpr uint32_t kPages = 0x110000 >> kPageBits;
-  static constexpr uint64_t kNoKey = ~0ull;
-  static constexpr size_t kFilterWords = 1 << 15;  // 2 Mbit, 256 KiB: stays in a core's own cache
-  static constexpr size_t kFilterMask = kFilterWords - 1;
+  // A slot of the merges' table: the pair, and in the low bits the piece that it makes.
+  static constexpr int kMergedBits = 64 - 2 * kSymbolBits;
+  static constexpr uint64_t kMergedMask = (1ull << kMergedBits) - 1;
+  static constexpr uint64_t kEmptySlot = ~0ull;
 
-  static uint64_t pair_key(Symbol left, Symbol right) { return static_cast<uint64_t>(left) << 32 | right; }
-  static uint64_t hash_of(uint64_t key) {
-    const uint64_t mixed = key * 0x9E3779B97F4A7C15ull;
-    return (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9ull >> 11;
+  static uint64_t pair_key(Symbol left, Symbol right) {
+    return static_cast<uint64_t>(left) << kSymbolBits | right;
   }
+  static uint64_t hash_of(uint64_t key) { return mix(key ^ 0xA0761D6478BD642Full, 0xE7037ED1A0B428DBull); }
+  Merge merge_to(uint64_t symbol) const { return {ranks_[symbol], static_cast<Symbol>(symbol)}; }
 
   using Page = std::array<Symbol, 1 << kPageBits>;
   std::vector<Page> characters_;
   std::array<uint16_t, kPages> page_of_{};
   std::vector<uint32_t> extra_characters_;
   std::array<uint32_t, 256> byte_ids_{};
-  std::vector<MergeSlot> merges_;
+  std::vector<int32_t> ranks_;
+  std::vector<uint64_t> merges_;
   size_t merge_mask_ = 0;
-  std::vector<uint64_t> merge_filter_, join_filter_;
-  std::array<std::array<uint64_t, 2>, 128> ascii_joins_{};
+  Filter merge_filter_, join_filter_;
+  std::vector<uint64_t> ascii_joins_ = std::vector<uint64_t>((1 << 21) / 32);
+  std::array<Symbol, 128> ascii_ids_{};
   Symbol pieces_ = 0;
   bool add_dummy_prefix_ = true;
 };

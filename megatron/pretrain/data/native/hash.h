@@ -1,0 +1,22 @@
+// Reading and mixing words of memory.
+#pragma once
+
+#include <cstring>
+
+#include "utf8.h"
+
+namespace neo {
+
+inline uint64_t load(const Byte* at) {
+  uint64_t word;
+  std::memcpy(&word, at, sizeof word);
+  return word;
+}
+
+// Every bit of the result follows from all bits of both.
+inline uint64_t mix(uint64_t a, uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+}
+
+}  // namespace neo
