@@ -191,7 +191,7 @@ def _check(corpus: str, source: Path, folder: Path, flags: argparse.Namespace) -
 
 def _kill_and_resume(source: Path, prefix: Path, flags: argparse.Namespace) -> int:
     """Interrupt the run again and again, by SIGTERM and by SIGKILL in turn; returns how often."""
-    kills, patience_s = 0, 1.0
+    kills, patience_s = 0, 0.3
     while True:
         process = _run_tool(source, prefix, flags, "--resume")
         try:
