@@ -1,16 +1,22 @@
 """Run by test_optimizer.py under torchrun: drives each optimizer, and says what became of its state.
 
-    torchrun --nproc_per_node 2 drive_optimizer.py TENSOR_PARALLEL_SIZE FOLDER
+    torchrun --nproc_per_node 2 drive_optimizer.py TENSOR_PARALLEL_SIZE FOLDER torch|triton
+
+With triton the update is the kernel of a GPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if sys.argv[3] == "triton":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 import torch.distributed as dist
@@ -23,14 +29,25 @@ from megatron.pretrain.cli import parse
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.layout import placed
 from megatron.pretrain.model.build import build_model
-from megatron.pretrain.optim.optimizer import apply_schedule, build_optimizer, parts, step
+from megatron.pretrain.optim import optimizer as optimizers
+from megatron.pretrain.optim.adamw import FusedAdamW
+from megatron.pretrain.optim.optimizer import apply_schedule, parts, step
 
 LR, WEIGHT_DECAY = 0.125, 0.25
 SHAPE = (f"--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --seq-length 8 "
          f"--micro-batch-size 1 --train-iters 9 --lr {LR} --untie-embeddings-and-output-weights")
 
 
-def main(tensor_parallel_size: str, folder: str) -> None:
+def build_optimizer(config: RunConfig, chunks: list) -> Any:
+    """As a run does, and with triton as on a GPU."""
+    optimizer = optimizers.build_optimizer(config, chunks)
+    if sys.argv[3] == "triton":
+        for part in parts(optimizer):
+            part.optimizer.__class__ = FusedAdamW
+    return optimizer
+
+
+def main(tensor_parallel_size: str, folder: str, kernel: str) -> None:
     config = settle(parse([*SHAPE.split(), "--tensor-model-parallel-size", tensor_parallel_size]).config,
                     world_size=2)
     facts = {}

@@ -14,12 +14,16 @@ import pytest
 VARIANTS = ("fp32 plain", "fp32 distributed", "bf16 plain", "bf16 distributed")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["DP2", "TP2"])
+@pytest.fixture(scope="module", params=[(1, "torch"), (2, "torch"), (1, "triton")],
+                ids=["DP2", "TP2", "DP2 with the GPU's kernel"])
 def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_tool) -> dict:
     """What each rank found for each variant."""
+    ranks, kernel = request.param
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
     said = run_tool(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-        Path(__file__).parent / "drive_optimizer.py", request.param, tmp_path_factory.mktemp("optimizer"),
+        Path(__file__).parent / "drive_optimizer.py", ranks, tmp_path_factory.mktemp("optimizer"), kernel,
         env={"OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stderr
     return json.loads(said.stdout.partition("FACTS ")[2])

@@ -49,10 +49,13 @@ def coefficients(group: dict[str, Any], step: float) -> dict[str, float]:
             "second_scale": 1 / math.sqrt(1 - beta2 ** step)}
 
 
-def replace_kernel(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer with our kernel, where it is torch's AdamW and every parameter is fp32 on a GPU."""
+def replace_kernel(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's AdamW our kernel, if every parameter is fp32 on a GPU.
+
+    The object stays: in fp32 the distributed optimizer's parameters are views, which a new one would refuse.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    fits = type(optimizer) is torch.optim.AdamW and parameters and all(
-        parameter.is_cuda and parameter.dtype == torch.float32 and parameter.is_contiguous()
-        for parameter in parameters)
-    return FusedAdamW(optimizer.param_groups) if fits else optimizer
+    if type(optimizer) is torch.optim.AdamW and parameters and all(
+            parameter.is_cuda and parameter.dtype == torch.float32 and parameter.is_contiguous()
+            for parameter in parameters):
+        optimizer.__class__ = FusedAdamW
