@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,9 @@ def trained_models(tmp_path_factory, tiny_tokenizer, run_tool, repository) -> Pa
 @pytest.fixture(scope="session")
 def trained_layouts(trained_models, tiny_tokenizer, run_tool, repository) -> Path:
     """NAME/iter_0000100 and NAME/former for models as four ranks save them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     outcome = run_tool(
-        "-m", "torch.distributed.run", "--nproc_per_node", 4, "--master_addr", "127.0.0.1",
-        "--master_port", port, repository / "tests/export/save_models.py", trained_models, tiny_tokenizer,
-        *LAYOUTS, env=ONE_THREAD)
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4,
+        repository / "tests/export/save_models.py", trained_models, tiny_tokenizer, *LAYOUTS, env=ONE_THREAD)
     assert outcome.returncode == 0, outcome.stderr
     return trained_models
 

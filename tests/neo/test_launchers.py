@@ -25,13 +25,14 @@ SHAPES = {  # layers, hidden, ffn, heads, kv heads, declared context, TP: DESIGN
     "pretrain_2b": (18, 2048, 16384, 8, 1, 8192, 1),
     "pretrain_2b_ctllm": (32, 2048, 5504, 16, 16, 4096, 1),
 }
-# Long lines that several processes print to one pipe may run into each other: each prints a file's name.
+# Long lines that several processes print to one pipe may run into each other: each prints a file's name
+# in one write.
 SHOW_ARGUMENTS = """
 import json, os, sys
 seen = f"{__file__}.{os.getpid()}"
 with open(seen, "w") as file:
     json.dump([sys.argv[1:], dict(os.environ)], file)
-print("ARGV", seen, flush=True)
+os.write(1, f"ARGV {seen}\\n".encode())
 """
 
 
