@@ -43,10 +43,8 @@ def attention_backward(setting: Setting) -> Part:
     if setting.on_gpu:
         candidates["cuDNN"] = Lazy(partial(_cudnn_backward, query, key, value, gradient))
     flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient)),
-             "project: flash-attn-4": Lazy(partial(_project_backward, setting, query, key, value, gradient,
-                                                    "_flash_backward")),
-             "project: cuDNN from flash-attn-4": Lazy(partial(_project_backward, setting, query, key, value,
-                                                               gradient, "_cudnn_backward"))}
+             "project: cuDNN from flash-attn-4": Lazy(partial(_project_cudnn_backward, setting, query, key, value,
+                                                               gradient))}
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.cat([part[:, :, -CHECKED_ROWS:].flatten().double() for part in gradients])
@@ -108,9 +106,9 @@ def _flash_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor)
         *heads, out, outer, statistics, causal=True)[:3])
 
 
-def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor,
-                      way: str) -> Callable[[], Any]:
-    """One of the two ways that the fused layers take, from packed heads to one packed gradient."""
+def _project_cudnn_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor,
+                            gradient: Tensor) -> Callable[[], Any]:
+    """The way that the fused layers take where heads are wide, from packed heads and flash-attn-4's result."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     from megatron.pretrain.model.fused import attention
@@ -125,15 +123,9 @@ def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tenso
                           device=mixed.device)
     _, statistics, *_ = _flash_attn_fwd(*attention._split(mixed), causal=True, return_lse=True,
                                         out=context.transpose(0, 1))
-    d_context, d_mixed = gradient.permute(2, 0, 1, 3).contiguous(), torch.empty_like(mixed)
-    flags = (False,) if way == "_flash_backward" else ()
-
-    def call() -> tuple[Tensor, ...]:
-        getattr(attention, way)(mixed, context, d_context, statistics, d_mixed, *flags)
-        d_query, d_key, d_value = d_mixed[..., :-2, :].flatten(2, 3), d_mixed[..., -2, :], d_mixed[..., -1, :]
-        return tuple(part.permute(1, 2, 0, 3) for part in (d_query, d_key, d_value))
-
-    return call
+    d_context = gradient.permute(2, 0, 1, 3).contiguous()
+    return lambda: tuple(part.transpose(1, 2)
+                         for part in attention._cudnn_backward(mixed, context, d_context, statistics))
 
 
 def _reference_attention(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None = None) -> Any:

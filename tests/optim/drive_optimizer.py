@@ -30,7 +30,7 @@ from megatron.pretrain.config import RunConfig
 from megatron.pretrain.layout import placed
 from megatron.pretrain.model.build import build_model
 from megatron.pretrain.optim import optimizer as optimizers
-from megatron.pretrain.optim.adamw import FusedAdamW
+from megatron.pretrain.optim.adamw import take_over
 from megatron.pretrain.optim.optimizer import apply_schedule, parts, step
 
 LR, WEIGHT_DECAY = 0.125, 0.25
@@ -43,7 +43,7 @@ def build_optimizer(config: RunConfig, chunks: list) -> Any:
     optimizer = optimizers.build_optimizer(config, chunks)
     if sys.argv[3] == "triton":
         for part in parts(optimizer):
-            part.optimizer.__class__ = FusedAdamW
+            take_over(part)
     return optimizer
 
 

@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.model.fused.accumulators import replace_instead_of_zeroing
 from megatron.pretrain.model.fused.fp8_model import Fp8State
 from megatron.pretrain.model.fused.kernels import installed, kernels_for, missing_packages
 from megatron.pretrain.model.fused.model import FusedGPTModel, layer_spec
@@ -39,8 +40,10 @@ def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device)
         for number, stage in enumerate(range(stages) if stages else [None])]
     for chunk in chunks:
         chunk.broadcast_params()
+        model = unwrap_model(chunk)
+        if implementation == "fused":
+            replace_instead_of_zeroing(chunk, model.accumulated_weights())
         if config.train.fp8_format is not None:
-            model = unwrap_model(chunk)
             model.fp8 = Fp8State(model.decoder.layers, config.train.fp8_recipe, device)
     return chunks
 

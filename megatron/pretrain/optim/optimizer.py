@@ -38,7 +38,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         chunks)
     mend_loading(optimizer)
     for part in parts(optimizer):
-        replace_kernel(part.optimizer)
+        replace_kernel(part)
     return optimizer
 
 

@@ -154,12 +154,15 @@ def test_adamw() -> None:
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     first, second = FusedAdamW(ours, **options), torch.optim.AdamW(exact, **options)
     first.gradient_divisor = 2.0
+    first.model_weights = {weight: torch.full(weight.shape, torch.nan, dtype=BF16, device="cuda")
+                           for weight in ours[1:]}
     for _ in range(10):
         for mine, theirs in zip(ours, exact, strict=True):
             mine.grad = torch.randn_like(mine)
             theirs.grad = mine.grad.double().cpu() / 2
         first.step()
         second.step()
+    assert all(torch.equal(rounded, mine.detach().to(BF16)) for mine, rounded in first.model_weights.items())
     for mine, theirs in zip(ours, exact, strict=True):
         assert error(mine.cpu(), theirs) < 1e-6
         assert error(first.state[mine]["exp_avg_sq"].cpu(), second.state[theirs]["exp_avg_sq"]) < 1e-6

@@ -80,22 +80,29 @@ class _RotaryAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from megatron.pretrain.model.fused.triton_rotary import rotate_
+        from megatron.pretrain.model.fused.triton_rotary import pack_rotated_back, rotate_
 
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
         # cuDNN refuses a sequence of one position, and does not promise the same bits every time.
         if mixed.size(-1) > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
-            _cudnn_backward(mixed, context, d_context, statistics, d_mixed)
+            parts = _cudnn_backward(mixed, context, d_context, statistics)
         else:
-            _flash_backward(mixed, context, d_context, statistics, d_mixed, ctx.deterministic)
-        rotate_(d_mixed, angles, inverse=True)
+            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
+        if all(part.untyped_storage().data_ptr() == d_mixed.untyped_storage().data_ptr() for part in parts):
+            rotate_(d_mixed, angles, inverse=True)
+        else:
+            pack_rotated_back(*parts, d_mixed, angles)
         return d_mixed, None, None
 
 
-def _split(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[s, b, groups, queries + 2, d] -> query [b, s, heads, d], key and value [b, s, groups, d].
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query [b, s, heads, d], key and value [b, s, groups, d]."""
+
+
+def _split(mixed: Tensor) -> Heads:
+    """[s, b, groups, queries + 2, d] -> its query, key and value heads.
 
     Views, but for queries of several groups with several queries each, which no stride describes.
     """
@@ -103,32 +110,23 @@ def _split(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(part.transpose(0, 1) for part in parts)
 
 
-def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, d_mixed: Tensor,
-                    deterministic: bool) -> None:
+def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, into: Heads,
+                    deterministic: bool) -> Heads:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    d_query, d_key, d_value = _split(d_mixed)
+    d_query, d_key, d_value = into
     _flash_attn_bwd(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, causal=True,
                     deterministic=deterministic, dq=d_query, dk=d_key, dv=d_value)
-    if d_query.untyped_storage().data_ptr() != d_mixed.untyped_storage().data_ptr():
-        _place_query(d_query, d_mixed)
+    return into
 
 
-def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor,
-                    d_mixed: Tensor) -> None:
+def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor) -> Heads:
     """cuDNN's backward pass from flash-attn-4's result: both keep the natural logarithm of the softmax's sum."""
     heads_first = [part.transpose(1, 2) for part in _split(mixed)]
     outer = [part.permute(1, 2, 0, 3) for part in (d_context, context)]
     unused = torch.zeros((), dtype=torch.int64, device=mixed.device)  # of a dropout that there is not
     length = mixed.size(0)
-    d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         outer[0], *heads_first, outer[1], statistics.unsqueeze(-1), unused, unused, None, None, None,
         length, length, 0.0, True)
-    _place_query(d_query.transpose(1, 2), d_mixed)
-    d_mixed[..., -2, :] = d_key.permute(2, 0, 1, 3)
-    d_mixed[..., -1, :] = d_value.permute(2, 0, 1, 3)
-
-
-def _place_query(d_query: Tensor, d_mixed: Tensor) -> None:
-    place = d_mixed[..., :-2, :]
-    place.copy_(d_query.transpose(0, 1).reshape(place.shape))
+    return tuple(part.transpose(1, 2) for part in gradients)

@@ -63,8 +63,10 @@ class _Plan:
 
 
 def add_product(added: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out: Tensor, *,
-                fast_accumulation: bool) -> None:
+                fast_accumulation: bool, replace: bool = False) -> None:
     """out = added + (a @ b^T) * a_inverse * b_inverse, on the current stream; out may be added itself.
+
+    With `replace` the numbers of `added` do not count and are not read.
 
     added and out [rows, columns] are both fp32 or both bf16, a [rows, depth] and b [columns, depth] are fp8
     (e5m2 at most in one of them), all contiguous; the inverses are fp32 scalars on the device. Without
@@ -82,10 +84,10 @@ def add_product(added: Tensor, a: Tensor, b: Tensor, a_inverse: Tensor, b_invers
     _set(plan.description, DESC_A_SCALE_POINTER, _Pointer(b_inverse.data_ptr()))
     _set(plan.description, DESC_B_SCALE_POINTER, _Pointer(a_inverse.data_ptr()))
     stream = torch.cuda.current_stream(device).cuda_stream
-    one = ctypes.byref(ctypes.c_float(1))
+    one, share = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0 if replace else 1))
     with torch.cuda.device(device):
         _call("cublasLtMatmul", _handle(device), plan.description, one, _Pointer(b.data_ptr()), plan.first,
-              _Pointer(a.data_ptr()), plan.second, one, _Pointer(added.data_ptr()), plan.result,
+              _Pointer(a.data_ptr()), plan.second, share, _Pointer(added.data_ptr()), plan.result,
               _Pointer(out.data_ptr()), plan.result, ctypes.byref(plan.algorithm),
               _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
               _Pointer(stream))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused import cublaslt
-from megatron.pretrain.model.fused.products import delivered
+from megatron.pretrain.model.fused.products import delivered, replaces
 from megatron.pretrain.model.fused.quantize import Quantized
 
 
@@ -43,21 +43,23 @@ def weight_gradient(weight: Parameter, gradient: Quantized, inputs: Quantized) -
         return fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse,
                            weight.dtype, fast_accumulation=False)
     accumulate_weight_grad(weight.main_grad, gradient.transposed, inputs.transposed, gradient.inverse,
-                           inputs.inverse)
+                           inputs.inverse, replace=replaces(weight))
     return delivered(weight)
 
 
 def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, gradient_inverse: Tensor,
-                           inputs_inverse: Tensor, *, direct: bool = True) -> None:
+                           inputs_inverse: Tensor, *, replace: bool = False, direct: bool = True) -> None:
     """main_grad fp32 [out, in] += gradient fp8 [out, tokens] @ inputs fp8 [in, tokens]^T, times the inverses.
 
-    `direct` adds in the product itself (`cublaslt`); otherwise, and on a CPU, the product is rounded to bf16
-    (2^-9, where fp8 left 2^-4) and added in a pass of its own.
+    With `replace` it becomes that. `direct` adds in the product itself (`cublaslt`); otherwise, and on a CPU,
+    the product is rounded to bf16 (2^-9, where fp8 left 2^-4) and added in a pass of its own.
     """
     if direct and main_grad.is_cuda:
         cublaslt.add_product(main_grad, gradient, inputs, gradient_inverse, inputs_inverse, main_grad,
-                             fast_accumulation=False)
+                             fast_accumulation=False, replace=replace)
     else:
+        if replace:
+            main_grad.zero_()
         main_grad.add_(fp8_product(gradient, inputs, gradient_inverse, inputs_inverse, torch.bfloat16,
                                    fast_accumulation=False))
 

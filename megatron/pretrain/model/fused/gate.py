@@ -98,7 +98,9 @@ class QuackGate:
             out = torch.empty_like(up)
             _product(d_halves.T, inputs, out, concat_layout=("out",), config=config)
             return out
-        _product(d_halves.T, inputs, up.main_grad, concat_layout=("C", "out"), config=config, add_to_output=True)
+        replaced = products.replaces(up)
+        _product(d_halves.T, inputs, up.main_grad, concat_layout=("out",) if replaced else ("C", "out"),
+                 config=config, add_to_output=not replaced)
         return products.delivered(up)
 
     def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:

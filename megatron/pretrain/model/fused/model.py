@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.attention import FusedSelfAttention
 from megatron.pretrain.model.fused.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
@@ -62,6 +63,13 @@ class FusedGPTModel(GPTModel):
         super().__init__(*args, **kwargs)
         if self.post_process:
             self.output_layer._forward_impl = linear
+
+    def accumulated_weights(self) -> list[Parameter]:
+        """The weights whose gradients our products write into the fp32 accumulator, in every micro-batch."""
+        parts = [part for part in self.modules() if isinstance(part, ColumnLinear | RowLinear)]
+        if self.post_process and not self.share_embeddings_and_output_weights:
+            parts.append(self.output_layer)
+        return [part.weight for part in parts]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, vocabulary / ranks] -> loss of each token [b, s] in fp32."""

@@ -11,22 +11,29 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] += left [m, k] @ right [k, n], summed in fp32 whatever the operands are."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+def accumulate(total: Tensor, left: Tensor, right: Tensor, *, replace: bool = False) -> None:
+    """total [m, n] += left [m, k] @ right [k, n], or with `replace` = it; summed in fp32 whatever they are."""
+    if total.dtype != left.dtype and total.is_cuda:
+        if replace:
+            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        # With beta 0 what stood there is not read, not even a NaN.
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if replace else 1)
 
 
 def weight_gradient(weight: Parameter, output_gradient: Tensor, inputs: Tensor) -> Tensor:
     """output_gradient [tokens, out]^T @ inputs [tokens, in], as `deliver` hands it to autograd."""
     if not hasattr(weight, "main_grad"):
         return output_gradient.T @ inputs
-    accumulate(weight.main_grad, output_gradient.T, inputs)
+    accumulate(weight.main_grad, output_gradient.T, inputs, replace=replaces(weight))
     return delivered(weight)
+
+
+def replaces(weight: Parameter) -> bool:
+    """Whether `main_grad` holds no gradient of this step yet, and nothing has zeroed it (`accumulators`)."""
+    return getattr(weight, "main_grad_is_not_zeroed", False) and not weight.grad_added_to_main_grad
 
 
 def deliver(weight: Parameter, gradient: Tensor) -> Tensor:
