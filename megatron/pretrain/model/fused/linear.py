@@ -34,22 +34,22 @@ class Linear(torch.autograd.Function):
     """inputs [s, b, in] x weight [out, in] -> [s, b, out], with the collectives of a column-parallel layer.
 
     With `sequence_parallel` the inputs are a shard of the sequence: they are gathered before the product, and
-    again in the backward pass, beside the product that does not need them. The input's gradient is reduced
-    beside the weight's.
+    where they are not kept (`communication.to_keep`) again in the backward pass, beside the product that does not
+    need them. The input's gradient is reduced beside the weight's.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Parameter, group: dist.ProcessGroup | None,
                 sequence_parallel: bool) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         whole = comm.gather(inputs, group).wait() if sequence_parallel else inputs
+        ctx.save_for_backward(comm.to_keep(inputs, whole, group) if sequence_parallel else inputs, weight)
         return torch.matmul(whole, weight.t())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        gathered = comm.gather(inputs, ctx.group) if ctx.sequence_parallel else comm.ready(inputs)
+        gathered = comm.again(inputs, gradient.size(0), ctx.group)
         gradient = gradient.contiguous()
         partial = torch.matmul(gradient, weight)
         reduced = comm.reduce_gradient(partial, ctx.group, ctx.sequence_parallel)

@@ -35,7 +35,7 @@ class GatedMLP(MLP):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps the input and the two halves before the activation, and with `recompute` the input alone."""
+    """Keeps the input and the two halves before the activation, and with `recompute` its own input alone."""
 
     @staticmethod
     def forward(ctx: Any, normed: Tensor, residual: Tensor, up: Parameter, down: Parameter, gate: Gate,
@@ -43,16 +43,17 @@ class _GatedMLP(torch.autograd.Function):
         ctx.gate, ctx.group, ctx.sequence_parallel = gate, group, sequence_parallel
         whole = comm.gather(normed, group).wait() if sequence_parallel else normed
         halves, activated = gate.forward(whole.flatten(0, 1), up)
-        ctx.save_for_backward(normed, up, down, None if recompute else halves)
+        kept = comm.to_keep(normed, whole, group) if sequence_parallel and not recompute else normed
+        ctx.save_for_backward(kept, up, down, None if recompute else halves)
         return project(activated.view(*whole.shape[:2], -1), down, residual, group, sequence_parallel,
                        gate.add_product)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        normed, up, down, halves = ctx.saved_tensors
+        kept, up, down, halves = ctx.saved_tensors
         gate, group, shards = ctx.gate, ctx.group, ctx.sequence_parallel
         d_output = (comm.gather(gradient, group).wait() if shards else gradient.contiguous()).flatten(0, 1)
-        gathered = comm.gather(normed, group) if shards else comm.ready(normed)
+        gathered = comm.again(kept, gradient.size(0) * (group.size() if shards else 1), group)
         if halves is None:
             halves, _ = gate.forward(gathered.wait().flatten(0, 1), up)
         d_halves, activated = gate.backward(d_output, down, halves)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.attention import FusedSelfAttention
+from megatron.pretrain.model.fused.embedding import Embedding
 from megatron.pretrain.model.fused.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from megatron.pretrain.model.fused.fp8_mlp import Fp8GatedMLP
 from megatron.pretrain.model.fused.fp8_model import Fp8State
@@ -54,13 +55,15 @@ def _layer(*, fp8: bool) -> ModuleSpec:
 
 
 class FusedGPTModel(GPTModel):
-    """The engine's model; its head accumulates weight gradients as the layers do, its loss is ours."""
+    """The engine's model; its embedding and head accumulate gradients as the layers do, its loss is ours."""
 
     fp8: Fp8State | None = None
     """Set once the model is on its device, where any of its layers is in fp8."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = Embedding
         if self.post_process:
             self.output_layer._forward_impl = linear
 
