@@ -6,6 +6,7 @@ quack's order of the two halves alternates gate and up.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from kernel_parts import CHECKED_ROWS, Part, Setting, first_rows, moved, no_grad, poisoned
@@ -33,12 +34,18 @@ def gate_forward(setting: Setting) -> Part:
         gate, linear = (x[:CHECKED_ROWS].double() @ up.detach().double().T).chunk(2, -1)
         return functional.silu(gate) * linear
 
-    quack = {"project: quack": lambda: QuackGate().forward(x, up),
+    def project(gate: Any) -> tuple[Tensor, Tensor]:
+        halves = x.new_empty(setting.tokens, 2 * shape.ffn_hidden_size)
+        activated = x.new_empty(setting.tokens, shape.ffn_hidden_size)
+        gate.forward(x, up, halves, activated)
+        return halves, activated
+
+    quack = {"project: quack": lambda: project(QuackGate()),
              **{f"quack {tile}": partial(tiled, tile) for tile in tiles(setting)}}
     halves = moved(x, up) + 3 * setting.tokens * shape.ffn_hidden_size * BF16
     return Part("fc1 + gate forward", shape.num_layers, flops(x, up.T), halves, reference,
                 picked=lambda outputs: outputs[1][:CHECKED_ROWS],
-                candidates={"project: torch": no_grad(lambda: TorchGate().forward(x, up)),
+                candidates={"project: torch": no_grad(lambda: project(TorchGate())),
                             **setting.having("quack", quack, left_out)}, left_out=left_out)
 
 
@@ -68,13 +75,18 @@ def gate_backward(setting: Setting) -> Part:
         rows = outputs[0][:CHECKED_ROWS]
         return rows if outputs[2] == "torch" else torch.cat([rows[:, ::2], rows[:, 1::2]], -1)
 
-    quack = {"project: quack": lambda: (*QuackGate().backward(gradient, down, mixed), "quack"),
+    def project(gate: Any, ordered: Tensor) -> tuple[Tensor, Tensor]:
+        d_halves, activated = torch.empty_like(ordered), ordered.new_empty(tokens, shape.ffn_hidden_size)
+        gate.backward(gradient, down, ordered, d_halves, activated)
+        return d_halves, activated
+
+    quack = {"project: quack": lambda: (*project(QuackGate(), mixed), "quack"),
              **{f"quack {tile}": lambda tile=tile: (*tiled(tile), "quack") for tile in tiles(setting)[:1]}}
     written = tokens * shape.ffn_hidden_size * BF16
     return Part("fc2 + gate backward", shape.num_layers, flops(gradient, down),
                 moved(gradient, down, halves, halves) + written, reference, in_order,
                 candidates={"project: torch": no_grad(
-                                lambda: (*TorchGate().backward(gradient, down, halves), "torch")),
+                                lambda: (*project(TorchGate(), halves), "torch")),
                             **setting.having("quack", quack, left_out)}, left_out=left_out)
 
 
@@ -85,12 +97,12 @@ def fc1_input_gradient(setting: Setting) -> Part:
     mixed = alternating(d_halves)
     out = poisoned(d_halves, setting.tokens, setting.shape.hidden_size)
     left_out: list[str] = []
-    quack = {"project: quack": lambda: QuackGate().input_gradient(mixed, up),
+    quack = {"project: quack": lambda: (QuackGate().input_gradient(mixed, up, out), out)[1],
              **{f"quack {tile}": partial(quack_product, mixed, up.detach(), out, tile=tile,
                                          concat_layout=("B",)) for tile in tiles(setting)}}
     return Part("fc1 input gradient", setting.shape.num_layers, flops(d_halves, up), moved(d_halves, up, out),
                 reference=lambda: d_halves[:CHECKED_ROWS].double() @ up.detach().double(), picked=first_rows,
-                candidates={"project: torch": no_grad(lambda: TorchGate().input_gradient(d_halves, up)),
+                candidates={"project: torch": no_grad(lambda: (TorchGate().input_gradient(d_halves, up, out), out)[1]),
                             **setting.having("quack", quack, left_out)},
                 fresh=lambda: out.fill_(float("nan")), left_out=left_out)
 

@@ -181,7 +181,8 @@ def test_the_gpus_product_is_the_reference_of_the_cpu() -> None:
     a = CurrentScaling(E5M2).quantize(Source(random(256, 512, device="cuda")))
     b = CurrentScaling(E4M3).quantize(Source(random(128, 512, device="cuda")))
     for fast in (False, True):
-        ours = fp8_products.fp8_product(a.data, b.data, a.inverse, b.inverse, BF16, fast_accumulation=fast)
-        exact = fp8_products.fp8_product(*(part.cpu() for part in (a.data, b.data, a.inverse, b.inverse)),
-                                         torch.float32, fast_accumulation=fast)
+        ours, exact = torch.empty(256, 128, dtype=BF16, device="cuda"), torch.empty(256, 128)
+        operands = (a.data, b.data, a.inverse, b.inverse)
+        fp8_products.fp8_product(*operands, ours, fast_accumulation=fast)
+        fp8_products.fp8_product(*(part.cpu() for part in operands), exact, fast_accumulation=fast)
         assert error(ours.cpu(), exact.double()) < 4e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn import Parameter
 from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.fp8_products import add_product, input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear
-from megatron.pretrain.model.fused.quantize import Quantized, Source
+from megatron.pretrain.model.fused.quantize import Quantized, Source, transpose
 from megatron.pretrain.model.fused.scaling import Scaling
 
 
@@ -59,23 +61,22 @@ class Fp8RowLinear(RowLinear):
 
 
 class _Column(torch.autograd.Function):
-    """Keeps the gathered input's fp8 transpose: for two ranks as much as a bf16 shard; no second gather."""
+    """Keeps the whole input's fp8 transpose: for two ranks as much as a bf16 shard; no second gather."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Parameter, casts: Casts, group: dist.ProcessGroup | None,
                 sequence_parallel: bool) -> Tensor:
-        whole = comm.gather(inputs, group).wait() if sequence_parallel else inputs
-        cast = casts.inputs.quantize(rows_of(whole))
+        cast, out = cast_and_multiply(inputs, casts.inputs, group if sequence_parallel else None, weight.size(0),
+                                      partial(product, casts.weight()))
         ctx.save_for_backward(weight, *kept(cast))
         ctx.casts, ctx.group, ctx.sequence_parallel = casts, group, sequence_parallel
-        return product(cast, casts.weight(), inputs.dtype).view(*whole.shape[:2], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         cast = ctx.casts.gradient.quantize(rows_of(gradient))
-        partial = input_gradient(cast, ctx.casts.weight(), gradient.dtype).view(*gradient.shape[:2], -1)
-        reduced = comm.reduce_gradient(partial, ctx.group, ctx.sequence_parallel)
+        reduced = reduced_gradient(cast, ctx.casts.weight(), gradient, ctx.group, ctx.sequence_parallel)
         d_weight = weight_gradient(weight, cast, restored(*inputs))
         return reduced.wait(), d_weight, None, None, None
 
@@ -92,11 +93,41 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        whole = comm.gather(gradient, ctx.group).wait() if ctx.sequence_parallel else gradient
-        cast = ctx.casts.gradient.quantize(rows_of(whole))
-        d_inputs = input_gradient(cast, ctx.casts.weight(), gradient.dtype).view(*whole.shape[:2], -1)
+        cast, d_inputs = cast_and_multiply(
+            gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None, weight.size(1),
+            partial(input_gradient, ctx.casts.weight()))
         d_weight = weight_gradient(weight, cast, restored(*inputs))
         return d_inputs, gradient, d_weight, None, None, None
+
+
+def cast_and_multiply(values: Tensor, scaling: Scaling, group: dist.ProcessGroup | None, width: int,
+                      multiply: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Quantized, Tensor]:
+    """Cast values [s, b, features], with a group each rank its shard of s, and multiply the whole of them.
+
+    multiply(rows, inverse, out) is given fp8 [tokens, features] x inverse and out [tokens, width]. What travels
+    is fp8. Returns the cast of the whole and the product [s, b, width].
+    """
+    cast = scaling.quantize(rows_of(values), group)
+    length = values.size(0) * (group.size() if group else 1)
+    out = values.new_empty(length, values.size(1), width)
+    if group is None:
+        multiply(cast.data, cast.inverse, out.flatten(0, 1))
+        return cast, out
+    whole = comm.gather_into(
+        cast.data.view(torch.uint8).view(values.shape), group,
+        lambda rows, place: multiply(rows.flatten(0, 1).view(cast.data.dtype), cast.inverse,
+                                     out[place].flatten(0, 1)))
+    data = whole.flatten(0, 1).view(cast.data.dtype)
+    return Quantized(data, transpose(data), cast.inverse), out
+
+
+def reduced_gradient(gradient: Quantized, weight: Quantized, like: Tensor, group: dist.ProcessGroup | None,
+                     sequence_parallel: bool) -> comm.Pending:
+    """The input's gradient of a column-parallel layer, whose output's gradient was cast from like [s, b, out]."""
+    rows = gradient.data.view(*like.shape[:2], -1)
+    return comm.summed(
+        lambda place, out: input_gradient(weight, rows[place].flatten(0, 1), gradient.inverse, out.flatten(0, 1)),
+        (*like.shape[:2], weight.data.size(1)), like, group, sequence_parallel)
 
 
 def project(inputs: Quantized, weight: Quantized, residual: Tensor, group: dist.ProcessGroup | None,
@@ -104,10 +135,14 @@ def project(inputs: Quantized, weight: Quantized, residual: Tensor, group: dist.
     """residual + inputs @ weight^T, summed over the group's ranks; residual [s, b, out] or a shard of s."""
     if group is None:
         return add_product(residual.flatten(0, 1), inputs, weight).view(residual.shape)
-    shards = group.size() if sequence_parallel else 1
-    partial = product(inputs, weight, residual.dtype).view(residual.size(0) * shards, *residual.shape[1:])
-    summed = comm.scatter_sum(partial, group) if sequence_parallel else comm.total(partial, group)
-    return summed.wait().add_(residual)
+    length = residual.size(0) * (group.size() if sequence_parallel else 1)
+    rows = inputs.data.view(length, residual.size(1), -1)
+
+    def produce(place: slice, out: Tensor) -> None:
+        product(weight, rows[place].flatten(0, 1), inputs.inverse, out.flatten(0, 1))
+
+    shape = (length, *residual.shape[1:])
+    return comm.summed(produce, shape, residual, group, sequence_parallel).wait().add_(residual)
 
 
 def rows_of(values: Tensor) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.fp8_linear import (
-    Casts, Fp8ColumnLinear, Fp8RowLinear, kept, project, restored, rows_of)
+    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, project, reduced_gradient, restored)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.linear import ready_weight
-from megatron.pretrain.model.fused.quantize import Gated, GatedGradient, Quantized
+from megatron.pretrain.model.fused.quantize import Gated, GatedGradient
 
 
 class Fp8GatedMLP(MLP):
@@ -42,9 +42,9 @@ class _Fp8GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, normed: Tensor, residual: Tensor, up: Parameter, down: Parameter, up_casts: Casts,
                 down_casts: Casts, group: dist.ProcessGroup | None, sequence_parallel: bool,
                 recompute: bool) -> Tensor:
-        whole = comm.gather(normed, group).wait() if sequence_parallel else normed
-        inputs = up_casts.inputs.quantize(rows_of(whole))
-        halves, activated = _activate(inputs, up_casts, down_casts, normed.dtype)
+        inputs, halves = cast_and_multiply(normed, up_casts.inputs, group if sequence_parallel else None,
+                                           up.size(0), partial(product, up_casts.weight()))
+        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)))
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
         remade = (inputs.data,) if recompute else (halves, *kept(activated))
         ctx.save_for_backward(up, down, *kept(inputs), *remade)
@@ -56,24 +56,18 @@ class _Fp8GatedMLP(torch.autograd.Function):
         up_casts, down_casts = ctx.casts
         inputs = restored(transposed, inverse)
         if len(rest) == 1:
-            halves, activated = _activate(Quantized(rest[0], transposed, inverse), up_casts, down_casts,
-                                          gradient.dtype)
+            halves = gradient.new_empty(rest[0].size(0), up.size(0))
+            product(up_casts.weight(), rest[0], inverse, halves)
+            activated = down_casts.inputs.quantize(Gated(halves))
         else:
-            halves, activated = rest[0], restored(*rest[1:])
-        whole = comm.gather(gradient, ctx.group).wait() if ctx.sequence_parallel else gradient
-        d_output = down_casts.gradient.quantize(rows_of(whole))
-        d_activated = input_gradient(d_output, down_casts.weight(), gradient.dtype)
+            halves, activated = rest[0].flatten(0, 1), restored(*rest[1:])
+        d_output, d_activated = cast_and_multiply(
+            gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None, down.size(1),
+            partial(input_gradient, down_casts.weight()))
         d_down = weight_gradient(down, d_output, activated)
-        d_halves = up_casts.gradient.quantize(GatedGradient(halves, d_activated))
-        del rest, halves, activated, d_activated
-        partial = input_gradient(d_halves, up_casts.weight(), gradient.dtype).view(whole.shape)
-        reduced = comm.reduce_gradient(partial, ctx.group, ctx.sequence_parallel)
+        d_halves = up_casts.gradient.quantize(GatedGradient(halves, d_activated.flatten(0, 1)))
+        del rest, halves, activated
+        reduced = reduced_gradient(d_halves, up_casts.weight(), d_activated, ctx.group, ctx.sequence_parallel)
+        del d_activated
         d_up = weight_gradient(up, d_halves, inputs)
         return reduced.wait(), gradient, d_up, d_down, None, None, None, None, None
-
-
-def _activate(inputs: Quantized, up_casts: Casts, down_casts: Casts,
-              dtype: torch.dtype) -> tuple[Tensor, Quantized]:
-    """(halves [tokens, 2 f], the activation [tokens, f] cast)."""
-    halves = product(inputs, up_casts.weight(), dtype)
-    return halves, down_casts.inputs.quantize(Gated(halves))

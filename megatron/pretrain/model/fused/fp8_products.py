@@ -15,33 +15,34 @@ from megatron.pretrain.model.fused.products import delivered, replaces
 from megatron.pretrain.model.fused.quantize import Quantized
 
 
-def product(inputs: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """inputs [tokens, in] @ weight [out, in]^T -> [tokens, out]."""
-    return fp8_product(inputs.data, weight.data, inputs.inverse, weight.inverse, dtype,
-                       fast_accumulation=True)
+def product(weight: Quantized, rows: Tensor, inverse: Tensor, out: Tensor) -> None:
+    """Rows of the inputs, fp8 [tokens, in] x inverse, @ weight [out, in]^T -> out [tokens, out]."""
+    fp8_product(rows, weight.data, inverse, weight.inverse, out, fast_accumulation=True)
 
 
 def add_product(added: Tensor, inputs: Quantized, weight: Quantized, *, direct: bool = True) -> Tensor:
     """added [tokens, out] + inputs [tokens, in] @ weight [out, in]^T; `direct` adds in the product itself."""
-    if not (direct and added.is_cuda):
-        return product(inputs, weight, added.dtype).add_(added)
     out = torch.empty_like(added)
+    if not (direct and added.is_cuda):
+        product(weight, inputs.data, inputs.inverse, out)
+        return out.add_(added)
     cublaslt.add_product(added, inputs.data, weight.data, inputs.inverse, weight.inverse, out,
                          fast_accumulation=True)
     return out
 
 
-def input_gradient(gradient: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """gradient [tokens, out] @ weight [out, in] -> [tokens, in]."""
-    return fp8_product(gradient.data, weight.transposed, gradient.inverse, weight.inverse, dtype,
-                       fast_accumulation=False)
+def input_gradient(weight: Quantized, rows: Tensor, inverse: Tensor, out: Tensor) -> None:
+    """Rows of the output's gradient, fp8 [tokens, out] x inverse, @ weight [out, in] -> out [tokens, in]."""
+    fp8_product(rows, weight.transposed, inverse, weight.inverse, out, fast_accumulation=False)
 
 
 def weight_gradient(weight: Parameter, gradient: Quantized, inputs: Quantized) -> Tensor:
     """gradient [tokens, out]^T @ inputs [tokens, in], as `products.deliver` hands it to autograd."""
     if not hasattr(weight, "main_grad"):
-        return fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse,
-                           weight.dtype, fast_accumulation=False)
+        out = torch.empty_like(weight)
+        fp8_product(gradient.transposed, inputs.transposed, gradient.inverse, inputs.inverse, out,
+                    fast_accumulation=False)
+        return out
     accumulate_weight_grad(weight.main_grad, gradient.transposed, inputs.transposed, gradient.inverse,
                            inputs.inverse, replace=replaces(weight))
     return delivered(weight)
@@ -60,13 +61,16 @@ def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, 
     else:
         if replace:
             main_grad.zero_()
-        main_grad.add_(fp8_product(gradient, inputs, gradient_inverse, inputs_inverse, torch.bfloat16,
-                                   fast_accumulation=False))
+        added = torch.empty_like(main_grad, dtype=torch.bfloat16)
+        fp8_product(gradient, inputs, gradient_inverse, inputs_inverse, added, fast_accumulation=False)
+        main_grad.add_(added)
 
 
-def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, dtype: torch.dtype, *,
-                fast_accumulation: bool) -> Tensor:
-    """(a [m, k] @ b [n, k]^T) * a_inverse * b_inverse -> [m, n]; a and b fp8, inverses fp32 scalars."""
-    if not a.is_cuda:
-        return (a.float() @ b.float().T * (a_inverse * b_inverse)).to(dtype)
-    return torch._scaled_mm(a, b.T, a_inverse, b_inverse, out_dtype=dtype, use_fast_accum=fast_accumulation)
+def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out: Tensor, *,
+                fast_accumulation: bool) -> None:
+    """out [m, n] = (a [m, k] @ b [n, k]^T) * a_inverse * b_inverse; a and b fp8, inverses fp32 scalars."""
+    if a.is_cuda:
+        torch._scaled_mm(a, b.T, a_inverse, b_inverse, out_dtype=out.dtype, use_fast_accum=fast_accumulation,
+                         out=out)
+    else:
+        out.copy_(a.float() @ b.float().T * (a_inverse * b_inverse))

@@ -20,14 +20,15 @@ from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 class Gate(Protocol):
     """The five products of a gated MLP that know the order of `halves`, for weights up [2 f, h], down [h, f]."""
 
-    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
-        """inputs [tokens, h] -> (halves [tokens, 2 f], activated [tokens, f])."""
+    def forward(self, inputs: Tensor, up: Parameter, halves: Tensor, activated: Tensor) -> None:
+        """inputs [tokens, h] -> halves [tokens, 2 f], activated [tokens, f]."""
 
-    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
-        """gradient [tokens, h] of the output -> (gradient of halves, activated again)."""
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor, d_halves: Tensor,
+                 activated: Tensor) -> None:
+        """gradient [tokens, h] of the output, halves -> the halves' gradient, activated again."""
 
-    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
-        """-> [tokens, h]."""
+    def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
+        """-> out [tokens, h]."""
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
         """up's gradient, as `products.weight_gradient` returns it."""
@@ -44,22 +45,23 @@ def gate_for(kernels: Kernels) -> Gate:
 class TorchGate:
     """Plain products with the activation between them."""
 
-    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
-        halves = inputs @ up.T
+    def forward(self, inputs: Tensor, up: Parameter, halves: Tensor, activated: Tensor) -> None:
+        torch.mm(inputs, up.t(), out=halves)
         gate, linear = halves.chunk(2, -1)
-        return halves, functional.silu(gate) * linear
+        torch.mul(functional.silu(gate), linear, out=activated)
 
-    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
-        gate, linear = (half.float() for half in halves.chunk(2, -1))
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor, d_halves: Tensor,
+                 activated: Tensor) -> None:
+        gate, linear = halves.float().chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         d_activated = (gradient @ down).float()
         d_gate = d_activated * linear * (sigmoid + silu * (1 - sigmoid))
-        d_halves = torch.cat([d_gate, d_activated * silu], -1).to(halves.dtype)
-        return d_halves, (silu * linear).to(halves.dtype)
+        d_halves.copy_(torch.cat([d_gate, d_activated * silu], -1))
+        activated.copy_(silu * linear)
 
-    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
-        return d_halves @ up
+    def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
+        torch.mm(d_halves, up, out=out)
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
         return products.weight_gradient(up, d_halves, inputs)
@@ -75,22 +77,21 @@ class QuackGate:
     quack chooses.
     """
 
-    def forward(self, inputs: Tensor, up: Parameter) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, up: Parameter, halves: Tensor, activated: Tensor) -> None:
         from quack.gemm_interface import gemm_gated
 
-        return gemm_gated(inputs, up.detach().T, activation="swiglu", concat_layout=("B",), tuned=False,
-                          config=_tile(128, 192, True, (2, 1)))
+        gemm_gated(inputs, up.detach().T, activation="swiglu", preact_out=halves, postact_out=activated,
+                   concat_layout=("B",), tuned=False, config=_tile(128, 192, True, (2, 1)))
 
-    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, gradient: Tensor, down: Parameter, halves: Tensor, d_halves: Tensor,
+                 activated: Tensor) -> None:
         from quack.gemm_interface import gemm_dgated
 
-        return gemm_dgated(gradient, down.detach(), halves, activation="swiglu", dynamic_scheduler=True,
-                           tuned=False, config=_tile(128, 192, True, (2, 1)))
+        gemm_dgated(gradient, down.detach(), halves, activation="swiglu", dx_out=d_halves, postact_out=activated,
+                    dynamic_scheduler=True, tuned=False, config=_tile(128, 192, True, (2, 1)))
 
-    def input_gradient(self, d_halves: Tensor, up: Parameter) -> Tensor:
-        out = d_halves.new_empty(d_halves.size(0), up.size(1))
+    def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
         _product(d_halves, up.detach(), out, concat_layout=("B",), config=_tile(128, 256, False, (1, 2)))
-        return out
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
         config = _tile(128, 256, False, (2, 1))

@@ -33,28 +33,36 @@ def ready_weight(module: torch.nn.Module) -> Parameter:
 class Linear(torch.autograd.Function):
     """inputs [s, b, in] x weight [out, in] -> [s, b, out], with the collectives of a column-parallel layer.
 
-    With `sequence_parallel` the inputs are a shard of the sequence: they are gathered before the product, and
-    where they are not kept (`communication.to_keep`) again in the backward pass, beside the product that does not
-    need them. The input's gradient is reduced beside the weight's.
+    With `sequence_parallel` the inputs are a shard of the sequence: they are gathered beside the product, and
+    where they are not kept (`communication.to_keep`) again in the backward pass. The input's gradient is reduced
+    beside the weight's.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Parameter, group: dist.ProcessGroup | None,
                 sequence_parallel: bool) -> Tensor:
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        whole = comm.gather(inputs, group).wait() if sequence_parallel else inputs
-        ctx.save_for_backward(comm.to_keep(inputs, whole, group) if sequence_parallel else inputs, weight)
-        return torch.matmul(whole, weight.t())
+        gathering = group if sequence_parallel else None
+        length = inputs.size(0) * (gathering.size() if gathering else 1)
+        out = inputs.new_empty(length, inputs.size(1), weight.size(0))
+        whole = comm.gather_into(inputs, gathering, lambda rows, place: product(rows, weight.t(), out[place]))
+        ctx.save_for_backward(comm.to_keep(inputs, whole, gathering), weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         gathered = comm.again(inputs, gradient.size(0), ctx.group)
         gradient = gradient.contiguous()
-        partial = torch.matmul(gradient, weight)
-        reduced = comm.reduce_gradient(partial, ctx.group, ctx.sequence_parallel)
+        reduced = comm.summed(lambda place, out: product(gradient[place], weight, out),
+                              (*gradient.shape[:2], weight.size(1)), gradient, ctx.group, ctx.sequence_parallel)
         weighed = weight_gradient(weight, gradient.flatten(0, 1), gathered.wait().flatten(0, 1))
         return reduced.wait(), weighed, None, None
+
+
+def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [s, b, n] = rows [s, b, k] @ weight [k, n]."""
+    torch.mm(rows.flatten(0, 1), weight, out=out.flatten(0, 1))
 
 
 def linear(*, input: Tensor, weight: Parameter, allreduce_dgrad: bool, sequence_parallel: bool,  # noqa: A002
@@ -95,8 +103,9 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        whole = comm.gather(gradient, ctx.group).wait() if ctx.sequence_parallel else gradient.contiguous()
-        d_inputs = torch.matmul(whole, weight)
+        d_inputs = torch.empty_like(inputs)
+        whole = comm.gather_into(gradient, ctx.group if ctx.sequence_parallel else None,
+                                 lambda rows, place: product(rows, weight, d_inputs[place]))
         d_weight = weight_gradient(weight, whole.flatten(0, 1), inputs.flatten(0, 1))
         return d_inputs, gradient, d_weight, None, None, None
 
@@ -108,6 +117,6 @@ def project(inputs: Tensor, weight: Parameter, residual: Tensor, group: dist.Pro
         out = torch.empty_like(residual)
         add_product(inputs.flatten(0, 1), weight, residual.flatten(0, 1), out.flatten(0, 1))
         return out
-    partial = torch.matmul(inputs, weight.t())
-    summed = comm.scatter_sum(partial, group) if sequence_parallel else comm.total(partial, group)
+    summed = comm.summed(lambda place, out: product(inputs[place], weight.t(), out),
+                         (*inputs.shape[:2], weight.size(0)), inputs, group, sequence_parallel)
     return summed.wait().add_(residual)

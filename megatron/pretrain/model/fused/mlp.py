@@ -41,25 +41,41 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, normed: Tensor, residual: Tensor, up: Parameter, down: Parameter, gate: Gate,
                 group: dist.ProcessGroup | None, sequence_parallel: bool, recompute: bool) -> Tensor:
         ctx.gate, ctx.group, ctx.sequence_parallel = gate, group, sequence_parallel
-        whole = comm.gather(normed, group).wait() if sequence_parallel else normed
-        halves, activated = gate.forward(whole.flatten(0, 1), up)
-        kept = comm.to_keep(normed, whole, group) if sequence_parallel and not recompute else normed
+        gathering = group if sequence_parallel else None
+        whole, halves, activated = _activate(normed, up, gate, gathering)
+        kept = normed if recompute else comm.to_keep(normed, whole, gathering)
         ctx.save_for_backward(kept, up, down, None if recompute else halves)
-        return project(activated.view(*whole.shape[:2], -1), down, residual, group, sequence_parallel,
-                       gate.add_product)
+        return project(activated, down, residual, group, sequence_parallel, gate.add_product)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, up, down, halves = ctx.saved_tensors
         gate, group, shards = ctx.gate, ctx.group, ctx.sequence_parallel
-        d_output = (comm.gather(gradient, group).wait() if shards else gradient.contiguous()).flatten(0, 1)
-        gathered = comm.again(kept, gradient.size(0) * (group.size() if shards else 1), group)
+        gathering = group if shards else None
         if halves is None:
-            halves, _ = gate.forward(gathered.wait().flatten(0, 1), up)
-        d_halves, activated = gate.backward(d_output, down, halves)
-        d_down = weight_gradient(down, d_output, activated)
+            whole, halves, activated = _activate(kept, up, gate, gathering)
+            gathered = comm.ready(whole)
+        else:
+            gathered = comm.again(kept, halves.size(0), gathering)
+            activated = halves.new_empty(*halves.shape[:2], down.size(1))
+        d_halves = torch.empty_like(halves)
+        d_output = comm.gather_into(gradient, gathering, lambda rows, place: gate.backward(
+            rows.flatten(0, 1), down, *(part[place].flatten(0, 1) for part in (halves, d_halves, activated))))
+        d_down = weight_gradient(down, d_output.flatten(0, 1), activated.flatten(0, 1))
         del activated, halves
-        whole = gathered.wait()
-        reduced = comm.reduce_gradient(gate.input_gradient(d_halves, up).view(whole.shape), group, shards)
-        d_up = gate.weight_gradient(up, d_halves, whole.flatten(0, 1))
+        reduced = comm.summed(
+            lambda place, out: gate.input_gradient(d_halves[place].flatten(0, 1), up, out.flatten(0, 1)),
+            d_output.shape, d_output, group, shards)
+        d_up = gate.weight_gradient(up, d_halves.flatten(0, 1), gathered.wait().flatten(0, 1))
         return reduced.wait(), gradient, d_up, d_down, None, None, None, None
+
+
+def _activate(normed: Tensor, up: Parameter, gate: Gate,
+              gathering: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """normed [s, b, h], or a shard of s for each of a group's ranks -> (whole, halves [s, b, 2 f], activated)."""
+    length = normed.size(0) * (gathering.size() if gathering else 1)
+    halves = normed.new_empty(length, normed.size(1), up.size(0))
+    activated = normed.new_empty(length, normed.size(1), up.size(0) // 2)
+    whole = comm.gather_into(normed, gathering, lambda rows, place: gate.forward(
+        rows.flatten(0, 1), up, halves[place].flatten(0, 1), activated[place].flatten(0, 1)))
+    return whole, halves, activated

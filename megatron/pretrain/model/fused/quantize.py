@@ -29,8 +29,8 @@ class Quantized:
 
     data: Tensor
     """fp8 [rows, columns], contiguous."""
-    transposed: Tensor
-    """fp8 [columns, rows], contiguous."""
+    transposed: Tensor | None
+    """fp8 [columns, rows], contiguous; None of a rank's part of a matrix, whose whole is transposed once it is there."""
     inverse: Tensor
     """fp32 scalar: 1 / scale."""
 
@@ -92,16 +92,16 @@ class GatedGradient(Source):
         _implementation(self.values).gated_gradient(self.values, self.gradient, target)
 
 
-def quantize(source: Source, scale: Tensor, dtype: torch.dtype,
-             amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cast a source [rows, columns] to fp8 (data [rows, columns], transposed [columns, rows]).
+def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None, *,
+             transpose: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Cast a source [rows, columns] to fp8 (data [rows, columns], transposed [columns, rows] or None).
 
     One read, two writes. `scale` is an fp32 scalar on the device. `amax`, an fp32 scalar, is raised to the
     largest absolute value that was seen, before scaling.
     """
     rows, columns = source.shape
     data = torch.empty(rows, columns, dtype=dtype, device=scale.device)
-    transposed = torch.empty(columns, rows, dtype=dtype, device=scale.device)
+    transposed = torch.empty(columns, rows, dtype=dtype, device=scale.device) if transpose else None
     source.into(Target(amax=amax, scale=scale, data=data, transposed=transposed))
     return data, transposed
 

@@ -193,7 +193,8 @@ def _write(value, scale, data, transposed, row, column, row_inside, column_insid
     quantized = _four_at_once(held, FORMAT) if PTX else held.to(FORMAT)
     inside = row_inside[:, None] & column_inside[None, :]
     tl.store(data + row.to(tl.int64)[:, None] * columns + column[None, :], quantized, mask=inside)
-    _store_transposed(tl.trans(quantized), transposed, row, column, row_inside, column_inside, rows)
+    if transposed is not None:
+        _store_transposed(tl.trans(quantized), transposed, row, column, row_inside, column_inside, rows)
 
 
 @triton.jit

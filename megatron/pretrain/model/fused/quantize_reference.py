@@ -18,11 +18,11 @@ class Target:
     amax: Tensor | None = None
     """fp32 scalar, raised to the largest absolute value before scaling."""
     scale: Tensor | None = None
-    """fp32 scalar that values are multiplied by, with `data` and `transposed`."""
+    """fp32 scalar that values are multiplied by, with `data`."""
     data: Tensor | None = None
     """fp8 [rows, columns]."""
     transposed: Tensor | None = None
-    """fp8 [columns, rows]."""
+    """fp8 [columns, rows], beside `data`."""
 
 
 def plain(values: Tensor, target: Target) -> None:
@@ -70,4 +70,5 @@ def _emit(values: Tensor, target: Target) -> None:
     if target.data is not None:
         quantized = to_fp8(values * target.scale, target.data.dtype)
         target.data.copy_(quantized)
-        transpose(quantized, target.transposed)
+        if target.transposed is not None:
+            transpose(quantized, target.transposed)

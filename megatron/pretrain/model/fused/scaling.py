@@ -24,8 +24,11 @@ HISTORY = 1024
 class Scaling(Protocol):
     """How one tensor of a layer is cast."""
 
-    def quantize(self, source: Source) -> Quantized:
-        """Both ways round, with the inverse of the scale that was taken."""
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
+        """Both ways round, with the inverse of the scale that was taken.
+
+        With a group the source is its rank's part of a tensor: all take one scale, and nothing is transposed.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class CurrentScaling:
 
     dtype: torch.dtype
 
-    def quantize(self, source: Source) -> Quantized:
-        scale, inverse = scale_of(largest(source), self.dtype)
-        return Quantized(*quantize(source, scale, self.dtype), inverse)
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
+        scale, inverse = scale_of(_largest_of(source, group), self.dtype)
+        return Quantized(*quantize(source, scale, self.dtype, transpose=group is None), inverse)
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,23 @@ class DelayedScaling:
     number: int
     dtype: torch.dtype
 
-    def quantize(self, source: Source) -> Quantized:
-        live = self.history.live[self.number]
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
+        live, transposed = self.history.live[self.number], group is None
         if not self.history.begun:  # nothing is known yet: the first step looks at the tensor itself
-            amax = largest(source)
+            amax = _largest_of(source, group)
             live.copy_(torch.maximum(live, amax))
             scale, inverse = scale_of(amax, self.dtype)
-            return Quantized(*quantize(source, scale, self.dtype), inverse)
+            return Quantized(*quantize(source, scale, self.dtype, transpose=transposed), inverse)
         scale, inverse = self.history.scales[self.number], self.history.inverses[self.number]
-        return Quantized(*quantize(source, scale, self.dtype, amax=live), inverse)
+        return Quantized(*quantize(source, scale, self.dtype, amax=live, transpose=transposed), inverse)
+
+
+def _largest_of(source: Source, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest absolute value of a tensor, of which each rank of a group has a part."""
+    amax = largest(source)
+    if group is not None:
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+    return amax
 
 
 class AmaxHistory:

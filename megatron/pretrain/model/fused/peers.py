@@ -1,0 +1,119 @@
+"""Tensor-parallel collectives through the GPUs' own view of each other's memory, beside products.
+
+NCCL's kernels take multiprocessors away, and a persistent product waits for its last one: beside each other they
+take about as long as one after the other. Copy engines take none. Each rank puts its part where the others see
+it, all meet at a barrier, and everyone fetches what it needs while its own part is computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+logger = logging.getLogger(__name__)
+
+
+class PeerMemory:
+    """Memory of each of a group's ranks that all of them can read, in two halves that collectives use in turn.
+
+    A rank may write a half again when all have read what it held. It has passed the barrier of the collective
+    between, and a rank reaches that only after it has waited for its reads of the one before: so no collective
+    may be started before the last but one was waited for.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._group = group
+        self._stream = torch.cuda.Stream()
+        self._halves = itertools.cycle((0, 1))
+        self._half_bytes = 0
+
+    def gather(self, shard: Tensor, whole: Tensor, consume: Callable[[Tensor, int], None]) -> None:
+        """Each rank's shard [s, ...] into whole [ranks * s, ...]; consume(rows, rank) for each, this rank's first."""
+        blocks = whole.chunk(self.size)
+        half = self._next_half(shard.nbytes)
+        self._slot(self.rank, half, shard).copy_(shard)
+        blocks[self.rank].copy_(shard)
+        self._memory.barrier(channel=0)
+        fetched = self._fetch([(self._slot(peer, half, shard), blocks[peer]) for peer in self._others()])
+        consume(blocks[self.rank], self.rank)
+        for peer, event in zip(self._others(), fetched, strict=True):
+            torch.cuda.current_stream().wait_event(event)
+            consume(blocks[peer], peer)
+
+    def scatter_sum(self, shard: Tensor, produce: Callable[[int, Tensor], None]) -> Callable[[], None]:
+        """Each rank's sum over all ranks' produce(rank, out), into shard [s, ...] once what is returned is called.
+
+        The parts of others are computed first, and travel while this rank's own is.
+        """
+        half = self._next_half(shard.nbytes * (self.size - 1))
+        arrived = shard.new_empty(self.size - 1, *shard.shape)
+        fetched = []
+        for step, peer in enumerate(self._others()):
+            produce(peer, self._slot(self.rank, half, shard, step))
+            self._memory.barrier(channel=0)
+            source = (self.rank - 1 - step) % self.size  # whose `peer` of this step is this rank
+            fetched += self._fetch([(self._slot(source, half, shard, step), arrived[step])])
+        produce(self.rank, shard)
+
+        def finish() -> None:
+            for part, event in zip(arrived, fetched, strict=True):
+                torch.cuda.current_stream().wait_event(event)
+                shard.add_(part)
+
+        return finish
+
+    def _others(self) -> list[int]:
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _fetch(self, copies: list[tuple[Tensor, Tensor]]) -> list[torch.cuda.Event]:
+        """Copy on a stream of its own what is ready now, and say when each is done."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        done = []
+        with torch.cuda.stream(self._stream):
+            for source, target in copies:
+                target.copy_(source)
+                done.append(self._stream.record_event())
+        return done
+
+    def _next_half(self, needed_bytes: int) -> int:
+        """Which half is next, after all ranks have made room where it is too small: all see the same sizes."""
+        if needed_bytes > self._half_bytes:
+            # Nobody may still be reading what is given back.
+            torch.cuda.synchronize()
+            dist.barrier(self._group)
+            self._half_bytes = -(-needed_bytes // 512) * 512
+            self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
+                                                  device=torch.cuda.current_device())
+            self._memory = symmetric_memory.rendezvous(self._tensor, self._group)
+        return next(self._halves)
+
+    def _slot(self, rank: int, half: int, like: Tensor, number: int = 0) -> Tensor:
+        """A tensor like another in a rank's half."""
+        offset_bytes = half * self._half_bytes + number * like.nbytes
+        return self._memory.get_buffer(rank, like.shape, like.dtype, offset_bytes // like.element_size())
+
+
+@cache
+def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
+    """The group's, if its ranks are GPUs of one machine that see each other's memory; else None, and NCCL it is."""
+    if group is None or group.size() == 1 or not torch.cuda.is_available() or dist.get_backend(group) != "nccl":
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = dist.get_process_group_ranks(group)
+    devices = [rank % here for rank in ranks]
+    one_machine = len({rank // here for rank in ranks}) == 1 and max(devices) < torch.cuda.device_count()
+    if not one_machine or not all(torch.cuda.can_device_access_peer(one, other)
+                                  for one, other in itertools.permutations(devices, 2)):
+        logger.info("tensor parallelism: NCCL, because its %d GPUs do not see each other's memory", len(ranks))
+        return None
+    logger.info("tensor parallelism: %d GPUs fetch from each other's memory while they compute", len(ranks))
+    return PeerMemory(group)
