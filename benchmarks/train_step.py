@@ -196,9 +196,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=_count, default=1, help="tensor-parallel size (default: 1)")
     parser.add_argument("--dp", type=_count, default=1, help="data-parallel size (default: 1)")
     parser.add_argument("--impl", nargs="+", default=["fused", "transformer_engine"], metavar="IMPL",
-                        choices=("fused", "transformer_engine", "local"),
-                        help="fused, transformer_engine, local (default: the first two); twice the same one "
-                        "shows the noise")
+                        choices=("fused", "fused+graph", "transformer_engine", "local"),
+                        help="fused, fused+graph (with --enable-cuda-graph), transformer_engine, local (default: "
+                        "fused and transformer_engine); twice the same one shows the noise")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=PRECISIONS, metavar="PRECISION",
                         help=f"{', '.join(PRECISIONS)} (default: bf16)")
     parser.add_argument("--against", default="transformer_engine", metavar="IMPL",

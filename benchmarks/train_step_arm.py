@@ -165,7 +165,7 @@ def _check_kernels(spec: dict[str, Any], device_type: str) -> None:
     """Fused layers run without their packages too, by torch: such figures would be taken for theirs."""
     from megatron.pretrain.model.fused.kernels import missing_packages
 
-    if spec["impl"] == "fused" and device_type == "cuda" and missing_packages():
+    if spec["impl"].startswith("fused") and device_type == "cuda" and missing_packages():
         raise LeftOut(f"not installed: {', '.join(missing_packages())}")
 
 
@@ -175,15 +175,16 @@ def run_config(spec: dict[str, Any]) -> Any:
     from megatron.pretrain.config import SECTIONS, ModelConfig, from_dict
 
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    if spec["impl"] not in fields["transformer_impl"].metadata["choices"]:
-        raise LeftOut(f"this version has no --transformer-impl {spec['impl']}")
+    layers, _, graph = spec["impl"].partition("+")
+    if layers not in fields["transformer_impl"].metadata["choices"]:
+        raise LeftOut(f"this version has no --transformer-impl {layers}")
     shape, tp, dp = shape_of(spec), spec["tp"], spec["dp"]
     model = {name: value for name, value in dataclasses.asdict(shape).items() if name in fields}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sections["model"] = {
         **model, "group_query_attention": shape.num_query_groups < shape.num_attention_heads,
         "max_position_embeddings": shape.seq_length, "untie_embeddings_and_output_weights": True,
-        "transformer_impl": spec["impl"]}
+        "transformer_impl": layers}
     sections["layout"] = {
         "tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "use_distributed_optimizer": True,
         "overlap_grad_reduce": dp > 1, "distributed_timeout_minutes": 5}
@@ -191,7 +192,8 @@ def run_config(spec: dict[str, Any]) -> Any:
     sections["data"] = {"seq_length": shape.seq_length}
     sections["optim"] = {"lr": 2e-4, "weight_decay": 0.1}
     sections["train"] = {
-        "micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True}
+        "micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True,
+        "enable_cuda_graph": bool(graph)}
     _set_fp8(spec, sections, SECTIONS)
     return settle(from_dict(sections), tp * dp)
 
@@ -232,13 +234,15 @@ def build(spec: dict[str, Any], config: Any, place: Any) -> Arm:
     from megatron.pretrain.model.build import build_model
     from megatron.pretrain.model.flops import padded_vocab_size
     from megatron.pretrain.optim.optimizer import apply_schedule, build_optimizer
-    from megatron.pretrain.train.step import connect
+    from megatron.pretrain.train.step import connect, record
 
     shape = shape_of(spec)
     chunks = build_model(config, padded_vocab_size(shape.vocab_size, 128, spec["tp"]), place.device)
     optimizer = build_optimizer(config, chunks)
     apply_schedule(optimizer, config.optim.lr, config.optim.weight_decay)
     connect(chunks, optimizer)
+    if config.train.enable_cuda_graph:
+        record(chunks[0], 1)
     random = np.random.default_rng([spec["round"], place.data_parallel_rank])
     drawn = random.integers(0, shape.vocab_size * 255 // 256, (spec["micro_batch"], shape.seq_length + 1))
     batch = MicroBatch(tokens=np.ascontiguousarray(drawn[:, :-1]), labels=np.ascontiguousarray(drawn[:, 1:]),

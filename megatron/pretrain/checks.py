@@ -67,6 +67,7 @@ def settle(config: RunConfig, world_size: int) -> RunConfig:
     _check_recompute(config)
     _check_fused(config)
     _check_fp8(config)
+    _check_cuda_graph(config)
     _check_schedule(config)
     _check_checkpoint(config)
     return config
@@ -204,6 +205,21 @@ def _check_fp8(config: RunConfig) -> None:
     for name, size in sizes.items():
         _require(size % 16 == 0,
                  f"--fp8-format {train.fp8_format}: {name} is {size}, and fp8 products take multiples of 16")
+
+
+def _check_cuda_graph(config: RunConfig) -> None:
+    if not config.train.enable_cuda_graph:
+        return
+    layout = config.layout
+    _require(config.model.transformer_impl in ("auto", "fused"),
+             f"--enable-cuda-graph: --transformer-impl {config.model.transformer_impl} is not recorded here; use fused")
+    _require(layout.pipeline_model_parallel_size == 1,
+             f"--enable-cuda-graph: --pipeline-model-parallel-size {layout.pipeline_model_parallel_size}; "
+             "a pipeline's micro-batches are not recorded, leave out one of them")
+    _require(not layout.overlap_param_gather,
+             "--enable-cuda-graph: a graph does not wait for --overlap-param-gather; leave out one of them")
+    _require(config.train.recompute_granularity != "full",
+             "--enable-cuda-graph: --recompute-granularity full is not recorded; use selective, or leave out one")
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -62,7 +62,7 @@ UNSUPPORTED: frozenset[str] = frozenset("--" + name for name in """
     decoder-num-layers decoder-seq-length decoupled-lr decoupled-min-lr decrease-batch-size-if-needed
     defer-embedding-wgrad-compute delay-wgrad-compute disable-bf16-reduced-precision-matmul
     disable-straggler-on-startup dist-ckpt-strictness distribute-saved-activations
-    embedding-init-method-std embedding-path empty-unused-memory-level enable-cuda-graph
+    embedding-init-method-std embedding-path empty-unused-memory-level
     enable-experimental enable-ft-package enable-gloo-process-groups enable-msc enable-one-logger
     encoder-num-layers encoder-pipeline-model-parallel-size encoder-seq-length
     encoder-tensor-model-parallel-size end-weight-decay error-injection-rate error-injection-type

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
     """The model chunks of this rank's pipeline stage (one, unless the schedule is interleaved)."""
     implementation = transformer_implementation(config, device)
+    if config.train.enable_cuda_graph:
+        _require_cuda_graph(implementation, device)
+        # A graph records a stream of the program's own, and hooks of gradients run on the stream they were made on.
+        torch.cuda.set_stream(torch.cuda.Stream())
     engine = transformer_config(config, device, implementation)
     stages = engine.virtual_pipeline_model_parallel_size
     chunks = [
@@ -93,8 +97,14 @@ def _require_fp8(device: torch.device) -> None:
                         f"{'.'.join(map(str, capability))}, and fp8 needs 8.9 or later; leave the flag out")
     if not installed("triton"):
         raise UserError('--fp8-format: its kernels need triton, which is not installed (pip install triton)')
-    logger.warning("fp8 on a GPU is experimental: its gated MLP does not pass its test there yet "
-                   "(pytest -m gpu tests/model/fused/test_fp8_products.py); do not start a long run with it")
+
+
+def _require_cuda_graph(implementation: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError("--enable-cuda-graph needs CUDA, which this machine lacks; leave it out")
+    if implementation != "fused":
+        raise UserError(f"--enable-cuda-graph: the layers are {implementation}, and only fused ones are recorded; "
+                        "see the log for why, or leave it out")
 
 
 def _fp8_layers(config: RunConfig) -> Callable[[int], bool]:

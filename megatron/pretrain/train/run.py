@@ -20,7 +20,7 @@ from megatron.pretrain.optim.schedule import LrSchedule, schedule_of
 from megatron.pretrain.tokenizer import Tokenizer
 from megatron.pretrain.train.inputs import Checkpoint, Inputs, describe_tokenizer
 from megatron.pretrain.train.state import TrainState
-from megatron.pretrain.train.step import Chunks, connect
+from megatron.pretrain.train.step import Chunks, connect, record
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def assemble(config: RunConfig, place: Place, inputs: Inputs) -> Run:
             global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
             data_parallel_size=place.data_parallel_size, data_parallel_rank=place.data_parallel_rank),
         chunks=chunks, optimizer=optimizer, schedule=schedule_of(config), state=TrainState())
+    if config.train.enable_cuda_graph:
+        record(chunks[0], run.batches.micro_batches)
     if inputs.checkpoint is not None:
         _restore(run, inputs.checkpoint)
     return run

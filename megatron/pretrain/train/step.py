@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,11 +13,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron.pretrain.data.batches import MicroBatch
 from megatron.pretrain.model.fused.fp8_model import fp8_states
+from megatron.pretrain.train.recording import Recording
 
 Chunks = list[DistributedDataParallel]
 
@@ -50,18 +51,24 @@ def forward_backward(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, for
 
 def accumulate(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool = False) -> Tensor:
     """`forward_backward` on top of the gradients that the chunks' buffers hold already."""
-    engine = get_model_config(chunks[0])
     for state in fp8_states(chunks):
         state.begin_step()
-    size, length = micro_batches[0].tokens.shape
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, device=torch.device(torch.cuda.current_device())),
-        data_iterator=_iterators(chunks, micro_batches), model=chunks, num_microbatches=len(micro_batches),
-        seq_length=length, micro_batch_size=size, forward_only=forward_only)
+    recording = getattr(unwrap_model(chunks[0]), "recording", None)
+    if recording is None or forward_only:
+        reports = _scheduled(chunks, micro_batches, forward_only=forward_only)
+    else:
+        reports = _replayed(chunks[0], recording, micro_batches)
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
-        total += report["loss"] if engine.calculate_per_token_loss else _mean_of(report["loss"])
+        total += report if get_model_config(chunks[0]).calculate_per_token_loss else _mean_of(report)
     return total
+
+
+def record(chunk: DistributedDataParallel, micro_batches: int) -> None:
+    """Let `accumulate` run a model's micro-batches, so many a step, as CUDA graphs once they are recorded."""
+    model = unwrap_model(chunk)
+    model.recording = Recording(partial(_one_micro_batch, chunk, micro_batches), chunk.no_sync,
+                                model.accumulated_weights())
 
 
 def end_step(chunks: Chunks) -> None:
@@ -85,27 +92,73 @@ def take(loader: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
     return list(islice(loader, count))
 
 
+def _scheduled(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> list[Tensor]:
+    """Micro-batches by the engine's schedule; a report of each."""
+    size, length = micro_batches[0].tokens.shape
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward_step, data_iterator=_iterators(chunks, micro_batches), model=chunks,
+        num_microbatches=len(micro_batches), seq_length=length, micro_batch_size=size, forward_only=forward_only)
+    return [report["loss"] for report in reports]
+
+
+def _replayed(chunk: DistributedDataParallel, recording: Recording,
+              micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """`_scheduled` by a recording. With --overlap-grad-reduce the last one is not: its hooks start the reduction."""
+    engine = get_model_config(chunk)
+    # Set for as long as a step's gradients are reduced while they arrive.
+    last_is_apart = engine.no_sync_func is not None
+    reports = [recording.run(_tensors(batch)) for batch in (micro_batches[:-1] if last_is_apart else micro_batches)]
+    if last_is_apart:
+        device = torch.device(torch.cuda.current_device())
+        reports.append(_one_micro_batch(chunk, len(micro_batches), _on_device(micro_batches[-1], device)))
+    if engine.finalize_model_grads_func is not None:
+        tokens = sum(report[1] for report in reports).to(torch.int) if engine.calculate_per_token_loss else None
+        engine.finalize_model_grads_func([chunk], tokens)
+    return reports
+
+
+def _one_micro_batch(chunk: DistributedDataParallel, micro_batches: int, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Forward and backward of one of a step's micro-batches by the engine's schedule; nothing is finished."""
+    engine = get_model_config(chunk)
+    size, length = inputs["tokens"].shape
+    finish, engine.finalize_model_grads_func = engine.finalize_model_grads_func, None
+    try:
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, share=1 / micro_batches), data_iterator=iter([inputs]),
+            model=[chunk], num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False)
+    finally:
+        engine.finalize_model_grads_func = finish
+    return reports[0]["loss"]
+
+
 def _iterators(chunks: Chunks, micro_batches: Sequence[MicroBatch]) -> Any:
     """Each chunk of an interleaved pipeline walks through the micro-batches by itself."""
-    return iter(micro_batches) if len(chunks) == 1 else [iter(micro_batches) for _ in chunks]
+    device = torch.device(torch.cuda.current_device())
+    walks = [(_on_device(batch, device) for batch in micro_batches) for _ in chunks]
+    return walks[0] if len(chunks) == 1 else walks
 
 
-def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *,
-                  device: torch.device) -> tuple[Tensor, Callable]:
-    batch = _on_device(next(batches), device)
+def _forward_step(batches: Iterator[Mapping[str, Tensor]], model: torch.nn.Module,
+                  share: float = 1.0) -> tuple[Tensor, Callable]:
+    """The next batch's losses. `share` scales a mean over its tokens, where the schedule does not know the count."""
+    batch = next(batches)
+    per_token = get_model_config(model).calculate_per_token_loss
     losses = model(batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"])
-    return losses, partial(_loss, batch["loss_mask"], get_model_config(model).calculate_per_token_loss)
+    return losses, partial(_loss, batch["loss_mask"], per_token, 1.0 if per_token else share)
 
 
 def _on_device(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    tensors = {name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True)
-               for name in ("tokens", "labels", "loss_mask")}
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(batch).items()}
     if parallel_state.get_context_parallel_world_size() > 1:
         tensors = get_batch_on_this_cp_rank(tensors)
     return tensors
 
 
-def _loss(loss_mask: Tensor, per_token: bool, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(getattr(batch, name)) for name in ("tokens", "labels", "loss_mask")}
+
+
+def _loss(loss_mask: Tensor, per_token: bool, share: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """losses and loss_mask [b, s] -> the sum to differentiate, its tokens, and what to report.
 
     The schedule divides the sum by its tokens and the micro-batches, or with per-token loss leaves that to
@@ -119,7 +172,7 @@ def _loss(loss_mask: Tensor, per_token: bool, losses: Tensor) -> tuple[Tensor, T
         dist.all_reduce(report, group=parallel_state.get_context_parallel_group())
         if not per_token:
             summed, tokens = summed * shards, report[1]
-    return summed, tokens.to(torch.int), {"loss": report}
+    return summed * share, tokens.to(torch.int), {"loss": report}
 
 
 def _mean_of(report: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class FusedGPTModel(GPTModel):
 
     fp8: Fp8State | None = None
     """Set once the model is on its device, where any of its layers is in fp8."""
+    recording: Any = None
+    """Set where micro-batches are to be CUDA graphs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -76,8 +76,8 @@ def rope_pack(query, key, value, mixed, angles, batch, all_heads, heads, width, 
         is_value, value + sample * value_batch + row * value_row + group * value_head,
         tl.where(is_key, key + sample * key_batch + row * key_row + group * key_head,
                  query + sample * query_batch + row * query_row + (group * (heads - 2) + slot) * query_head))
-    turned = tl.where(is_value[:, None], 0.0, angle[None, :])
-    cosine, sine = tl.cos(turned), -tl.sin(turned)
+    cosine = tl.where(is_value[:, None], 1.0, tl.cos(angle)[None, :])
+    sine = tl.where(is_value[:, None], 0.0, -tl.sin(angle)[None, :])
     mask = (head < all_heads)[:, None] & (feature < HALF)[None, :]
     first_at = source[:, None] + feature[None, :]
     first = tl.load(first_at, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,74 @@
+"""Forward and backward of a micro-batch as CUDA graphs: recorded once, then replayed without the host's work.
+
+What a micro-batch does is the same every time, but for the numbers it reads and two things that a step's first one
+does: its gradients replace what is in the accumulators, and it casts weights to fp8. So there are two graphs,
+whose activations share one pool of memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+EAGER_MICRO_BATCHES = 3
+"""Before anything is recorded kernels are compiled, fp8's history begins and peers' memory finds its size."""
+
+logger = logging.getLogger(__name__)
+
+
+class Recording:
+    """Runs micro-batches, the first few as they are, later ones as graphs.
+
+    `micro_batch(inputs)` runs forward and backward on tensors of the device and returns what is reported of it;
+    `apart()` is the context in which gradients stay on this rank. The current stream must be one of the
+    program's own, on which the model was built too: a graph can record neither the default stream nor work that
+    a gradient's hook starts there.
+    """
+
+    def __init__(self, micro_batch: Callable[[Mapping[str, Tensor]], Tensor],
+                 apart: Callable[[], AbstractContextManager], weights: list[Parameter]) -> None:
+        self._micro_batch, self._apart, self._weights = micro_batch, apart, weights
+        self._eager_left = EAGER_MICRO_BATCHES
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs: dict[str, Tensor] = {}
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One micro-batch on tensors of the host or the device; its report."""
+        if self._eager_left > 0:
+            self._eager_left -= 1
+            with self._apart():
+                return self._micro_batch({name: _on_gpu(tensor) for name, tensor in inputs.items()})
+        first = not self._weights[0].grad_added_to_main_grad
+        if first not in self._graphs:
+            self._graphs[first] = self._record(inputs, first)
+        graph, report = self._graphs[first]
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        for weight in self._weights:  # as the products' backward pass does, of which a replay runs no Python
+            weight.grad_added_to_main_grad = True
+        return report.clone()
+
+    def _record(self, inputs: Mapping[str, Tensor], first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if not self._inputs:
+            self._inputs = {name: _on_gpu(tensor) for name, tensor in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        # Threads that read data may ask the driver for something meanwhile; it is not for the graph.
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(),
+                              capture_error_mode="thread_local"), self._apart():
+            report = self._micro_batch(self._inputs)
+        logger.info("recorded a step's %s as a CUDA graph",
+                    "first micro-batch" if first else "later micro-batches")
+        return graph, report
+
+
+def _on_gpu(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.cuda.current_device(), non_blocking=True)
