@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "megatron_flags", "tokenizer"},
     {"device", "layout"},
     {"data", "model", "optim"},
-    {"checks", "cli", "checkpoint", "health", "log", "export", "plan", "train.state", "train.step"},
+    {"checks", "cli", "checkpoint", "health", "log", "export", "plan", "train.recording", "train.state", "train.step"},
     {"train"},
     {"main"},
 )
