@@ -189,6 +189,8 @@ def _wrap(chunk: torch.nn.Module, config: RunConfig, engine: TransformerConfig,
         DistributedDataParallelConfig(
             # Gradients are always summed in fp32: bf16 sums lose small micro-batches.
             grad_reduce_in_fp32=True, overlap_grad_reduce=layout.overlap_grad_reduce,
+            # A pass over all gradients less; gloo cannot, and per-token losses are scaled at the end.
+            average_in_collective=torch.cuda.is_available() and not config.train.calculate_per_token_loss,
             overlap_param_gather=layout.overlap_param_gather,
             use_distributed_optimizer=layout.use_distributed_optimizer),
         chunk,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron.pretrain.data.batches import MicroBatch
 from megatron.pretrain.model.fused.fp8_model import fp8_states
+from megatron.pretrain.model.fused.peers import peer_memory
 from megatron.pretrain.train.recording import Recording
 
 Chunks = list[DistributedDataParallel]
@@ -120,14 +121,18 @@ def _replayed(chunk: DistributedDataParallel, recording: Recording,
 def _one_micro_batch(chunk: DistributedDataParallel, micro_batches: int, inputs: Mapping[str, Tensor]) -> Tensor:
     """Forward and backward of one of a step's micro-batches by the engine's schedule; nothing is finished."""
     engine = get_model_config(chunk)
+    if (peers := peer_memory(parallel_state.get_tensor_model_parallel_group())) is not None:
+        peers.meet()
     size, length = inputs["tokens"].shape
-    finish, engine.finalize_model_grads_func = engine.finalize_model_grads_func, None
+    settings = engine.finalize_model_grads_func, engine.no_sync_func
+    # Left by the schedule, the context of no_sync_func would end the caller's.
+    engine.finalize_model_grads_func = engine.no_sync_func = None
     try:
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, share=1 / micro_batches), data_iterator=iter([inputs]),
             model=[chunk], num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False)
     finally:
-        engine.finalize_model_grads_func = finish
+        engine.finalize_model_grads_func, engine.no_sync_func = settings
     return reports[0]["loss"]
 
 

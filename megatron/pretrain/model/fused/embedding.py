@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region, reduce_scatter_to_sequence_parallel_region)
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
@@ -14,8 +15,17 @@ from torch.nn import Parameter, functional
 from megatron.pretrain.model.fused.products import delivered
 
 
-class Embedding(VocabParallelEmbedding):
-    """The engine's vocabulary-parallel embedding with `_Lookup` for its table."""
+class TokenEmbedding(LanguageModelEmbedding):
+    """The engine's embedding layer without positions and dropout: there are no random states to switch between."""
+
+    def forward(self, input_ids: Tensor, position_ids: None = None, tokentype_ids: None = None) -> Tensor:
+        """Token ids [b, s] -> [s, b, h], with sequence parallelism a shard of s."""
+        rows = self.word_embeddings(input_ids)
+        return rows if self.reduce_scatter_embeddings else rows.transpose(0, 1).contiguous()
+
+
+class VocabularyTable(VocabParallelEmbedding):
+    """The engine's vocabulary-parallel table with `_Lookup` for its rows."""
 
     def forward(self, input_: Tensor) -> Tensor:
         """Token ids [b, s] -> [b, s, h], or with `reduce_scatter_embeddings` a shard of [s, b, h]."""

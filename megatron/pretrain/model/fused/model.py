@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.attention import FusedSelfAttention
-from megatron.pretrain.model.fused.embedding import Embedding
+from megatron.pretrain.model.fused.embedding import TokenEmbedding, VocabularyTable
 from megatron.pretrain.model.fused.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from megatron.pretrain.model.fused.fp8_mlp import Fp8GatedMLP
 from megatron.pretrain.model.fused.fp8_model import Fp8State
@@ -65,7 +65,8 @@ class FusedGPTModel(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.pre_process:
-            self.embedding.word_embeddings.__class__ = Embedding
+            self.embedding.__class__ = TokenEmbedding
+            self.embedding.word_embeddings.__class__ = VocabularyTable
         if self.post_process:
             self.output_layer._forward_impl = linear
 

@@ -36,14 +36,20 @@ class PeerMemory:
         self._halves = itertools.cycle((0, 1))
         self._half_bytes = 0
 
+    def meet(self) -> None:
+        """Start with the first half again: a recorded sequence of collectives may follow itself, or any other."""
+        if self._half_bytes:
+            self._memory.barrier(channel=0)
+        self._halves = itertools.cycle((0, 1))
+
     def gather(self, shard: Tensor, whole: Tensor, consume: Callable[[Tensor, int], None]) -> None:
         """Each rank's shard [s, ...] into whole [ranks * s, ...]; consume(rows, rank) for each, this rank's first."""
         blocks = whole.chunk(self.size)
         half = self._next_half(shard.nbytes)
         self._slot(self.rank, half, shard).copy_(shard)
-        blocks[self.rank].copy_(shard)
         self._memory.barrier(channel=0)
         fetched = self._fetch([(self._slot(peer, half, shard), blocks[peer]) for peer in self._others()])
+        blocks[self.rank].copy_(shard)
         consume(blocks[self.rank], self.rank)
         for peer, event in zip(self._others(), fetched, strict=True):
             torch.cuda.current_stream().wait_event(event)

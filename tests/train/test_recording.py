@@ -1,0 +1,58 @@
+"""Micro-batches as CUDA graphs: what may be recorded, the arithmetic around it, and on a GPU the same losses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.pretrain.checks import settle
+from megatron.pretrain.cli import parse
+from megatron.pretrain.errors import UserError
+
+SHAPE = ("--num-layers 2 --hidden-size 64 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16 "
+         "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --enable-cuda-graph").split()
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--transformer-impl local", "--transformer-impl local is not recorded here; use fused"),
+    ("--pipeline-model-parallel-size 2", "a pipeline's micro-batches are not recorded"),
+    ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+     "a graph does not wait for --overlap-param-gather"),
+    ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+     "--recompute-granularity full is not recorded")])
+def test_what_cannot_be_recorded_is_refused(flags: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"--enable-cuda-graph: .*{sentence}"):
+        settle(parse([*SHAPE, *flags.split()]).config, world_size=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_machine_without_a_gpu_is_refused(tmp_path: Path, train) -> None:
+    said = train(tmp_path, "--train-iters", 9, "--transformer-impl", "fused", "--enable-cuda-graph",
+                 expect_failure=True)
+    assert "--enable-cuda-graph needs CUDA, which this machine lacks; leave it out" in said.output
+
+
+@pytest.mark.parametrize("flags", [(), ("--overlap-grad-reduce",), ("--calculate-per-token-loss",)],
+                         ids=["mean of means", "overlapped", "per token"])
+def test_one_by_one_is_the_schedule(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """The way around the graphs, without graphs: two ranks, three micro-batches, the same gradients."""
+    driver = Path(__file__).with_name("drive_one_by_one.py")
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          str(driver), *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert "gradients: equal, losses: equal" in ran.stdout
+
+
+@pytest.mark.parametrize("flags", [
+    pytest.param((), marks=ON_GPU), pytest.param(("--fp8",), marks=ON_GPU),
+    pytest.param(("--calculate-per-token-loss",), marks=ON_GPU)])
+def test_recorded_losses_are_the_others(tmp_path: Path, train, flags: tuple[str, ...]) -> None:
+    length = ("--train-iters", 12, "--bf16", "--transformer-impl", "fused", *flags)
+    eager, recorded = train(tmp_path / "eager", *length), train(tmp_path / "graph", *length, "--enable-cuda-graph")
+    assert recorded.losses() == pytest.approx(eager.losses(), rel=2e-3)
+    assert "recorded a step's later micro-batches as a CUDA graph" in recorded.output
