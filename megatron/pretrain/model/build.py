@@ -34,7 +34,7 @@ def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device)
     """The model chunks of this rank's pipeline stage (one, unless the schedule is interleaved)."""
     implementation = transformer_implementation(config, device)
     if config.train.enable_cuda_graph:
-        _require_cuda_graph(implementation, device)
+        _require_cuda_graph(config, implementation, device)
         # A graph records a stream of the program's own, and hooks of gradients run on the stream they were made on.
         torch.cuda.set_stream(torch.cuda.Stream())
     engine = transformer_config(config, device, implementation)
@@ -99,12 +99,15 @@ def _require_fp8(device: torch.device) -> None:
         raise UserError('--fp8-format: its kernels need triton, which is not installed (pip install triton)')
 
 
-def _require_cuda_graph(implementation: str, device: torch.device) -> None:
+def _require_cuda_graph(config: RunConfig, implementation: str, device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError("--enable-cuda-graph needs CUDA, which this machine lacks; leave it out")
     if implementation != "fused":
         raise UserError(f"--enable-cuda-graph: the layers are {implementation}, and only fused ones are recorded; "
                         "see the log for why, or leave it out")
+    if config.layout.tensor_model_parallel_size > 1:
+        logger.warning("--enable-cuda-graph was run on GPUs without tensor parallelism alone: compare the first "
+                       "losses with those of a run without it")
 
 
 def _fp8_layers(config: RunConfig) -> Callable[[int], bool]:
