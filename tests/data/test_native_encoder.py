@@ -7,6 +7,8 @@ import json
 import pickle
 import pydoc_data.topics
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +119,20 @@ def test_the_ids_of_whole_units_begin_those_of_any_text_that_goes_on(settings: d
     library = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for text, start, whole, part in zip(drawn, begun, library.encode(drawn), library.encode(begun)):
         assert text.startswith(start) and whole[:len(part)] == part, (text, start)
+
+
+def test_wide_registers_find_what_narrow_ones_find(train, tmp_path: Path, repository: Path):
+    compiler = shutil.which("c++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    sources = repository / "megatron/pretrain/data/native"
+    files = [Path(__file__).parent / "native/joins.cpp", sources / "model.cpp", sources / "vocabulary.cpp"]
+    subprocess.run([compiler, "-std=c++17", "-O2", f"-I{sources}", *map(str, files),
+                    "-o", str(tmp_path / "joins")], check=True)
+    code = subprocess.run([str(tmp_path / "joins"), str(train(NEO))]).returncode
+    if code == 3:
+        pytest.skip("this processor has no wide registers")
+    assert code == 0
 
 
 @pytest.mark.parametrize("settings", DECLINED.values(), ids=DECLINED)
