@@ -89,7 +89,7 @@ def _compile_modules(folder: Path, flags: argparse.Namespace) -> None:
 def _corpora(flags: argparse.Namespace) -> dict[str, Iterator[str]]:
     size_bytes = int(flags.size_mb * 1e6)
     scale = min(1.0, flags.size_mb / 200)
-    chinese = (corpora.given(size_bytes // 5, flags.chinese) if flags.chinese
+    chinese = (corpora.given(size_bytes // 2, flags.chinese) if flags.chinese
                else corpora.chinese(size_bytes // 5, flags.model))
     return {
         "docs and code": corpora.docs_and_code(size_bytes),

@@ -102,7 +102,8 @@ def test_the_first_exception_in_order_is_raised_with_its_trace():
 
 
 def test_a_result_that_cannot_be_delivered_ends_the_work(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), OrderedWorkers(2, Answers(slow_square, tmp_path / "none")) as workers:
+    work = Answers(slow_square, tmp_path / "none")
+    with pytest.raises(FileNotFoundError), OrderedWorkers(2, work) as workers:
         list(workers.run(range(3), report_of))
 
 

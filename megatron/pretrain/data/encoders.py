@@ -30,7 +30,8 @@ def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool
         why = f"not the native one: {reason}"
     from megatron.pretrain.data.library_encoder import LibraryEncoder  # with numpy, which is slow to import
 
-    return LibraryEncoder(tokenizer, keys, append_eod), f"encoder: {type(tokenizer).__name__}'s library, {why}"
+    said = f"encoder: {type(tokenizer).__name__}'s library, {why}"
+    return LibraryEncoder(tokenizer, keys, append_eod), said
 
 
 class _NotNative(Exception):

@@ -173,7 +173,8 @@ class IndexedWriter(SetWriter):
             file.write(memoryview(values))
 
 
-def entries_of(ids: np.ndarray, lengths: np.ndarray, sequence_ends: np.ndarray, at: WriterPosition) -> Entries:
+def entries_of(ids: np.ndarray, lengths: np.ndarray, sequence_ends: np.ndarray, at: WriterPosition
+               ) -> Entries:
     """Sequences of `ids`, `lengths` tokens each, as they lie in a set that is written up to `at`."""
     return Entries(ids.data, lengths.data, (_starts(lengths, at.tokens) * ids.itemsize).data,
                    (sequence_ends + np.int64(at.sequences)).data)

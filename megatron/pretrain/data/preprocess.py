@@ -1,8 +1,8 @@
 """JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers.
 
-Memory stays bounded whatever the input, below 200 MB a worker: it holds a few chunks of 1 MB and what it makes
-of them, and writes that itself where the parent tells it to. Nothing grows with the number of documents. A
-line that is longer than a chunk is one, and takes about ten times its length.
+Memory stays bounded whatever the input, below 200 MB a worker: it holds a few chunks of 1 MB and what it
+makes of them, and writes that itself where the parent tells it to. Nothing grows with the number of
+documents. A line that is longer than a chunk is one, and takes about ten times its length.
 """
 
 from __future__ import annotations
