@@ -80,12 +80,16 @@ class PlacedWriter:
         self._prefix, self._format = prefix, format
         self._files: list[int] = []
 
+    def open(self) -> None:
+        """Open the parts, if they are not; from then on it writes these and no later ones of their names."""
+        if not self._files:
+            with writing(f"{self._prefix}.bin"):
+                self._files = [os.open(part_name(f"{self._prefix}{ending}"), os.O_WRONLY)
+                               for ending in (".bin", *SECTIONS)]
+
     def write(self, entries: Entries, at: WriterPosition) -> None:
         """Raises UserError where the disk is full."""
         with writing(f"{self._prefix}.bin"):
-            if not self._files:
-                self._files = [os.open(part_name(f"{self._prefix}{ending}"), os.O_WRONLY)
-                               for ending in (".bin", *SECTIONS)]
             for file, content, place in zip(self._files, entries, part_sizes(at, self._format)):
                 left, end = memoryview(content).cast("B"), place
                 while left:

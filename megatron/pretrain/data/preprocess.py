@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pretrain import __version__
-from megatron.pretrain.config import TokenizerConfig
 from megatron.pretrain.data.encoders import choose_encoder
 from megatron.pretrain.data.inputs import Input, open_inputs
 from megatron.pretrain.data.output import RunOutput, set_prefixes
@@ -26,6 +25,7 @@ from megatron.pretrain.data.tasks import ChunkWork
 from megatron.pretrain.data.workers import OrderedWorkers
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
+from megatron.pretrain.tokenizer_config import TokenizerConfig
 
 CHUNK_BYTES = 1 << 20
 """Enough to hide the cost of handing a chunk over, little enough to keep every worker busy to the end."""

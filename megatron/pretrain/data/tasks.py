@@ -45,6 +45,8 @@ class ChunkWork:
         self._held: deque[Sequence[EncodedTexts]] = deque()
 
     def begin(self, task: Task) -> Screened:
+        for writer in self._writers:
+            writer.open()
         texts, bad_lines = self._screen(task.chunk)
         self._held.append(texts)
         return Screened([count(each) for each in texts], bad_lines)
