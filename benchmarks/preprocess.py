@@ -64,8 +64,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default=str(REPOSITORY / "neo/tokenizer.model"),
                         help="SentencePiece model (default: the repository's)")
     parser.add_argument("--size-mb", type=float, default=200, help="of docs and code (default: 200); the "
-                        "line is of 21 MB, the tiny documents are a million, the others a fifth of this")
-    parser.add_argument("--chinese", metavar="FILE", help="JSON lines of real Chinese text")
+                        "line is of 21 MB, the tiny documents are a million, random base64 a fifth of this")
+    parser.add_argument("--chinese", metavar="FILE", help="JSON lines of real Chinese text, as chinese.py "
+                        "makes them; up to three quarters of docs and code are used")
     parser.add_argument("--workers", type=int, default=2, help="of both (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--only", nargs="+", metavar="CORPUS", help="some of the corpora")
@@ -89,7 +90,7 @@ def _compile_modules(folder: Path, flags: argparse.Namespace) -> None:
 def _corpora(flags: argparse.Namespace) -> dict[str, Iterator[str]]:
     size_bytes = int(flags.size_mb * 1e6)
     scale = min(1.0, flags.size_mb / 200)
-    chinese = (corpora.given(size_bytes // 5, flags.chinese) if flags.chinese
+    chinese = (corpora.given(size_bytes * 3 // 4, flags.chinese) if flags.chinese
                else corpora.chinese(size_bytes // 5, flags.model))
     return {
         "docs and code": corpora.docs_and_code(size_bytes),

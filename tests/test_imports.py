@@ -14,8 +14,8 @@ PACKAGE = "megatron.pretrain"
 
 # From the ground floor up: a room imports from its own floor and from those below it.
 FLOORS = (
-    {"errors"},
-    {"config", "megatron_flags", "tokenizer"},
+    {"errors", "setting"},
+    {"config", "megatron_flags", "tokenizer", "tokenizer_config"},
     {"device", "layout"},
     {"data", "model", "optim"},
     {"checks", "cli", "checkpoint", "health", "log", "export", "plan", "train.recording", "train.state", "train.step"},

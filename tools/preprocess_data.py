@@ -14,12 +14,12 @@ gc.disable()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
-    from megatron.pretrain.config import TokenizerConfig
     from megatron.pretrain.data.flags import FlagParser, positive_number
     from megatron.pretrain.data.preprocess import PreprocessConfig, Summary, preprocess
     from megatron.pretrain.data.shard import Shard, parse_shard
     from megatron.pretrain.errors import entry
     from megatron.pretrain.tokenizer import TOKENIZER_TYPES
+    from megatron.pretrain.tokenizer_config import TokenizerConfig
 except ModuleNotFoundError as missing:
     print(f"error: {missing}: run `pip install -e .` in the repository's folder", file=sys.stderr)
     sys.exit(2)

@@ -10,11 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-
-def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[Any, ...] = ()) -> Any:
-    """A dataclass field that is also a flag: its default, its help, other spellings, allowed values."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+from megatron.pretrain.setting import setting
+from megatron.pretrain.tokenizer_config import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +75,6 @@ class LayoutConfig:
         "auto", "nccl for GPUs, gloo for CPUs; auto takes what the machine has.",
         choices=("auto", "nccl", "gloo"))
     distributed_timeout_minutes: int = setting(10, "How long a collective may take before the run fails.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Which tokenizer the data was made with."""
-
-    tokenizer_type: str = setting(
-        "SentencePieceTokenizer", "SentencePieceTokenizer, HuggingFaceTokenizer, or NullTokenizer (a bare "
-        "vocabulary of --vocab-size ids). Llama2Tokenizer and GPTSentencePieceTokenizer are other names "
-        "of the first.",
-        choices=("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer",
-                 "HuggingFaceTokenizer", "NullTokenizer"))
-    tokenizer_model: str | None = setting(None, "The tokenizer's file or folder.")
-    tokenizer_sentencepiece_legacy: bool = setting(
-        False, "The NEO fork's vocabulary: <CLS> <SEP> <EOD> <MASK> <PAD> after the model's pieces.")
-    vocab_size: int | None = setting(None, "Ids of a NullTokenizer.")
 
 
 @dataclass(frozen=True, kw_only=True)

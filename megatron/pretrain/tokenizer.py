@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron.pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron.pretrain.config import TokenizerConfig
+    from megatron.pretrain.tokenizer_config import TokenizerConfig
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer")
 """Megatron-LM's names of one thing: megatron-core 0.16 reads the three alike."""

@@ -54,20 +54,19 @@ def results(folder: Path) -> dict[str, bytes]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, *,
                commit: bool = False) -> None:
-    """Let `error` strike when `chunks` chunks are written and another one half.
+    """Let `error` strike when `chunks` chunks are counted as written, and more of them are.
 
     commit: note the place after each chunk.
     """
-    add = outputs.RunOutput.add
+    written = outputs.RunOutput.written
     left = iter(range(chunks))
 
-    def add_until(output, task, screened):
+    def written_until(output):
         if next(left, None) is None:
-            output.writers[0].add_documents(screened.texts[0].tokens, screened.texts[0].lengths)
             raise error
-        add(output, task, screened)
+        written(output)
 
-    monkeypatch.setattr(outputs.RunOutput, "add", add_until)
+    monkeypatch.setattr(outputs.RunOutput, "written", written_until)
     monkeypatch.setattr(outputs, "SECONDS_BETWEEN_COMMITS", 0 if commit else 1000)
 
 
@@ -116,11 +115,11 @@ from pathlib import Path
 where = {where!r}
 if where == "chunk":
     output.SECONDS_BETWEEN_COMMITS = 0
-    add, left = output.RunOutput.add, iter(range(5))
-    def add_until(self, task, screened):
+    written, left = output.RunOutput.written, iter(range(5))
+    def written_until(self):
         next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL)
-        add(self, task, screened)
-    output.RunOutput.add = add_until
+        written(self)
+    output.RunOutput.written = written_until
 else:
     replace, left = os.replace, iter(range(int(where)))
     def replace_until(old, new):

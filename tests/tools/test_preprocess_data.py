@@ -152,7 +152,7 @@ def long_run(tmp_path: Path, tiny_tokenizer: Path):
         [sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
          "--tokenizer-model", str(tiny_tokenizer), "--workers", "2"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 4)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 5)
     yield process
     process.kill()
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from megatron.pretrain.data.documents import Chunk, read_texts
+from megatron.pretrain.data.documents import Chunk
 from megatron.pretrain.data.encoded import EncodedTexts
-from megatron.pretrain.data.indexed import token_dtype
 from megatron.pretrain.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
@@ -20,29 +14,6 @@ class Encoder(Protocol):
 
     def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
         """Raises BadDocument for the chunk's first line that is no document."""
-
-
-@dataclass(frozen=True)
-class PythonEncoder:
-    """orjson reads the lines, the tokenizer encodes one text at a time."""
-
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    append_eod: bool
-
-    def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
-        return [self._encode(texts) for texts in read_texts(chunk, self.keys)]
-
-    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        documents = [self.tokenizer.encode(text) for text in texts]
-        if self.append_eod:
-            for ids in documents:
-                if ids:  # Megatron-LM ends no document that holds nothing
-                    ids.append(self.tokenizer.eod_id)
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        tokens = np.fromiter(itertools.chain.from_iterable(documents), token_dtype(self.tokenizer.vocab_size),
-                             int(lengths.sum(dtype=np.int64)))
-        return EncodedTexts(tokens, lengths, sum(len(text.encode()) for text in texts))
 
 
 def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, *,
@@ -57,7 +28,10 @@ def choose_encoder(tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool
         why = "as --encoder library asks"
     except _NotNative as reason:
         why = f"not the native one: {reason}"
-    return PythonEncoder(tokenizer, keys, append_eod), f"encoder: {type(tokenizer).__name__}'s library, {why}"
+    from megatron.pretrain.data.library_encoder import LibraryEncoder  # with numpy, which is slow to import
+
+    said = f"encoder: {type(tokenizer).__name__}'s library, {why}"
+    return LibraryEncoder(tokenizer, keys, append_eod), said
 
 
 class _NotNative(Exception):

@@ -13,32 +13,28 @@ A document has one sequence, or none where its text was empty. The .json is ours
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import shutil
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron.pretrain.data.staging import StagedFiles, part_name, writing
+from megatron.pretrain.data.parts import (
+    FORMATS, HEADER, MAGIC, MANIFEST_FORMAT, Entries, SetWriter, WriterPosition, append_file, manifest_bytes,
+    token_format)
+from megatron.pretrain.data.staging import StagedFiles, writing
 from megatron.pretrain.errors import UserError
 
-MAGIC = b"MMIDIDX\0\0"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
-MANIFEST_FORMAT = 1
+DTYPE_OF_CODE = {each.code: np.dtype(each.name) for each in FORMATS.values()}
 BLOCK = 1 << 20
 """Entries of an index that are in memory at once while it is written."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The dtype Megatron-LM stores ids below `vocab_size` in."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+    return np.dtype(token_format(vocab_size).name)
 
 
 def dataset_prefix(path: str | os.PathLike[str]) -> str:
@@ -101,7 +97,7 @@ def map_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray
     document_index = _map(path, "<i8", documents_at, documents_and_end)
     if not documents_and_end or document_index[0] != 0 or document_index[-1] != sequences:
         raise UserError(f"{path}: its documents do not cover its {sequences:,} sequences; write it again")
-    return np.dtype(DTYPE_OF_CODE[code]), lengths, offsets_bytes, document_index
+    return DTYPE_OF_CODE[code], lengths, offsets_bytes, document_index
 
 
 def _map_tokens(path: str, dtype: np.dtype, n_tokens: int) -> np.ndarray:
@@ -119,67 +115,19 @@ def _map(path: str, dtype: str | np.dtype, offset_bytes: int, count: int) -> np.
     return np.memmap(path, dtype=dtype, mode="r", offset=offset_bytes, shape=(count,))
 
 
-class WriterPosition(NamedTuple):
-    """How far a set is written."""
-
-    tokens: int = 0
-    sequences: int = 0
-    documents: int = 0
-
-
-class IndexedWriter:
-    """Writes one token set; as a context manager, whole or not at all.
+class IndexedWriter(SetWriter):
+    """Writes one token set from arrays; as a context manager, whole or not at all.
 
         with IndexedWriter("corpus_text_document", token_dtype(64000)) as writer:
             writer.add_document(ids, [len(ids)])
 
-    Everything goes to hidden temporary names beside the final ones, the index too as it grows, so that
-    memory does not grow with the set. Leaving the block renames them, the .idx last, because a set
-    without it is none; leaving it by an exception removes them. A disk that is full or a folder that
-    cannot be written to raises UserError.
-
-    Args:
-        prefix: of the files.
-        dtype: of the tokens in them.
-        staging: the files of a larger piece of work, which then publishes them; the block is not used.
-        resume_at: what to go on from, of the parts that an interrupted run left.
+    staging: the files of a larger piece of work, which then publishes them; the block is not used.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.integer], *,
-                 staging: StagedFiles | None = None, resume_at: WriterPosition = WriterPosition()) -> None:
-        self.prefix = os.fspath(prefix)
+                 staging: StagedFiles | None = None) -> None:
         self.dtype = np.dtype(dtype)
-        self.position = resume_at
-        self._sealed = False
-        self._staging = staging or StagedFiles()
-        # The index's first and last section; what is between them follows from the first.
-        self._lengths_name, self._documents_name = f"{self.prefix}.lengths", f"{self.prefix}.documents"
-        self._bin = self._staging.create(f"{self.prefix}.bin", resume_at.tokens * self.dtype.itemsize)
-        self._lengths = self._staging.create_scratch(self._lengths_name, 4 * resume_at.sequences)
-        self._documents = self._staging.create_scratch(self._documents_name, 8 * resume_at.documents)
-
-    @property
-    def n_tokens(self) -> int:
-        return self.position.tokens
-
-    @property
-    def n_documents(self) -> int:
-        return self.position.documents
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            self._staging.discard()
-            return
-        try:
-            if not self._sealed:
-                self.seal()
-            self._staging.publish()
-        except BaseException:
-            self._staging.discard()
-            raise
+        super().__init__(prefix, FORMATS[self.dtype.name], staging=staging)
 
     def add_document(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
         """Append one document of `ids`, cut into sequences of `lengths` tokens."""
@@ -198,84 +146,49 @@ class IndexedWriter:
         if source.dtype != self.dtype:
             raise ValueError(f"{source.prefix} holds {source.dtype}, not {self.dtype}")
         with _reading(f"{source.prefix}.bin"):
-            tokens = open(f"{source.prefix}.bin", "rb", buffering=0)
+            tokens = open(f"{source.prefix}.bin", "rb")
         with tokens, writing(f"{self.prefix}.bin"):
-            copy_file(tokens, self._bin)
+            append_file(tokens, self._bin)
+        lengths, offsets, documents = self._sections
+        first_token = self.position.tokens
         for block in blocks(source.sequence_lengths):
-            self._write(self._lengths, np.ascontiguousarray(block))
+            self._write(lengths, np.ascontiguousarray(block))
+            self._write(offsets, _starts(block, first_token) * self.dtype.itemsize)
+            first_token += int(block.sum(dtype=np.int64))
         for block in blocks(source.document_index[1:]):
-            self._write(self._documents, block + np.int64(self.position.sequences))
-        self._advance(source.n_tokens, len(source.sequence_lengths), source.n_documents)
+            self._write(documents, block + np.int64(self.position.sequences))
+        self.position = self.position.after(source.n_tokens, len(source.sequence_lengths), source.n_documents)
 
     def _append(self, ids: np.ndarray, lengths: np.ndarray, sequence_ends: np.ndarray) -> None:
         """`sequence_ends`: for each document, the sequences up to its end."""
         if len(ids) != lengths.sum(dtype=np.int64):
             raise ValueError(f"{len(ids)} ids do not fill sequences of {lengths.sum(dtype=np.int64)} tokens")
-        self._write(self._bin, _as_dtype(ids, self.dtype))
-        self._write(self._lengths, lengths)
-        self._write(self._documents, sequence_ends + np.int64(self.position.sequences))
-        self._advance(len(ids), len(lengths), len(sequence_ends))
+        entries = entries_of(_as_dtype(ids, self.dtype), lengths, sequence_ends, self.position)
+        for file, values in zip((self._bin, *self._sections), entries):
+            self._write(file, values)
+        self.position = self.position.after(len(ids), len(lengths), len(sequence_ends))
 
-    def _write(self, file: BinaryIO, values: np.ndarray) -> None:
+    def _write(self, file: BinaryIO, values: np.ndarray | memoryview) -> None:
         with writing(f"{self.prefix}.bin"):
-            file.write(values.data)
+            file.write(memoryview(values))
 
-    def _advance(self, tokens: int, sequences: int, documents: int) -> None:
-        here = self.position
-        self.position = WriterPosition(here.tokens + tokens, here.sequences + sequences,
-                                       here.documents + documents)
 
-    def seal(self, manifest: dict[str, Any] | None = None) -> None:
-        """Finish the files, still under their temporary names; the .json too where `manifest` is given.
+def entries_of(ids: np.ndarray, lengths: np.ndarray, sequence_ends: np.ndarray, at: WriterPosition
+               ) -> Entries:
+    """Sequences of `ids`, `lengths` tokens each, as they lie in a set that is written up to `at`."""
+    return Entries(ids.data, lengths.data, (_starts(lengths, at.tokens) * ids.itemsize).data,
+                   (sequence_ends + np.int64(at.sequences)).data)
 
-        Sealing several sets before any is renamed keeps a full disk from leaving some behind.
-        """
-        if manifest is not None:
-            self._staging.write(f"{self.prefix}.json", [_manifest_bytes(manifest)])
-        with writing(f"{self.prefix}.bin"):
-            self._lengths.flush()
-            self._documents.flush()
-        self._staging.write(f"{self.prefix}.idx", self._index_parts())
-        self._sealed = True
 
-    def _index_parts(self) -> Iterator[bytes | memoryview]:
-        code = CODE_OF_DTYPE[self.dtype]
-        yield HEADER.pack(MAGIC, 1, code, self.position.sequences, self.position.documents + 1)
-        lengths = _map(part_name(self._lengths_name), "<i4", 0, self.position.sequences)
-        for block in blocks(lengths):
-            yield block.data
-        end_bytes = 0
-        for block in blocks(lengths):
-            ends_bytes = end_bytes + np.cumsum(block, dtype="<i8") * self.dtype.itemsize
-            yield np.concatenate([np.array([end_bytes], "<i8"), ends_bytes[:-1]]).data
-            end_bytes = int(ends_bytes[-1])
-        yield bytes(8)
-        for block in blocks(_map(part_name(self._documents_name), "<i8", 0, self.position.documents)):
-            yield block.data
+def _starts(lengths: np.ndarray, first: int) -> np.ndarray:
+    """Where sequences of these lengths begin, one after another from `first` on."""
+    return np.cumsum(lengths, dtype="<i8") - lengths + np.int64(first)
 
 
 def blocks(values: np.ndarray) -> Iterator[np.ndarray]:
     """`values` in parts that fit into memory."""
     for begin in range(0, len(values), BLOCK):
         yield np.asarray(values[begin:begin + BLOCK])
-
-
-def copy_file(source: BinaryIO, target: BinaryIO) -> None:
-    """Append all of `source` to `target`: within the kernel where the file systems let it."""
-    target.flush()
-    left_bytes = os.fstat(source.fileno()).st_size
-    try:
-        while left_bytes > 0:
-            copied_bytes = os.copy_file_range(source.fileno(), target.fileno(), left_bytes)
-            if not copied_bytes:
-                break
-            left_bytes -= copied_bytes
-    except (AttributeError, OSError) as error:  # macOS has no such call
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-    # What is left where these file systems do not offer it.
-    target.seek(0, os.SEEK_END)
-    shutil.copyfileobj(source, target, 1 << 22)
 
 
 def _as_dtype(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -291,7 +204,7 @@ def write_manifest(prefix: str | os.PathLike[str], manifest: dict[str, Any]) -> 
     """Write PREFIX.json, whole or not at all."""
     staging = StagedFiles()
     try:
-        staging.write(f"{os.fspath(prefix)}.json", [_manifest_bytes(manifest)])
+        staging.write(f"{os.fspath(prefix)}.json", [manifest_bytes(manifest)])
         staging.publish()
     except BaseException:
         staging.discard()
@@ -312,11 +225,6 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise UserError(f"{path}: stands where the set's manifest would, but is none of format "
                         f"{MANIFEST_FORMAT}; move it away or preprocess again")
     return manifest
-
-
-def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    content = {"format": MANIFEST_FORMAT, **manifest}
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 @contextlib.contextmanager

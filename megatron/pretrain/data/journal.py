@@ -9,11 +9,11 @@ from typing import Any
 
 import orjson
 
-from megatron.pretrain.data.indexed import WriterPosition
+from megatron.pretrain.data.parts import WriterPosition
 from megatron.pretrain.data.staging import StagedFiles, part_name, writing
 from megatron.pretrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.pretrain.data import _native
 from megatron.pretrain.data.documents import Chunk, read_texts
 from megatron.pretrain.data.encoded import EncodedTexts
-from megatron.pretrain.data.indexed import token_dtype
+from megatron.pretrain.data.parts import token_format
 from megatron.pretrain.data.self_check import SelfCheck
 from megatron.pretrain.tokenizer import SentencePieceTokenizer
 
@@ -26,7 +26,8 @@ class NativeEncoder:
 
     def __init__(self, tokenizer: SentencePieceTokenizer, keys: tuple[str, ...], append_eod: bool) -> None:
         end_id = tokenizer.eod_id if append_eod else None
-        make = _native.Encoder16 if token_dtype(tokenizer.vocab_size).itemsize == 2 else _native.Encoder32
+        is_narrow = token_format(tokenizer.vocab_size).name == "uint16"
+        make = _native.Encoder16 if is_narrow else _native.Encoder32
         self._made_of = tokenizer, keys, append_eod
         self._keys = keys
         self._native = make(tokenizer.model_bytes, list(keys), end_id)
@@ -41,8 +42,8 @@ class NativeEncoder:
         at = self._native.encode_lines(data, 0)
         while at < len(data):
             at = self._native.encode_lines(data, self._read_line(chunk, data, at))
-        texts = [EncodedTexts(*self._native.take(number)) for number in range(len(self._keys))]
-        self._self_check(chunk, data, self._keys, [(each.tokens, each.lengths) for each in texts])
+        texts: list[EncodedTexts] = [self._native.take(number) for number in range(len(self._keys))]
+        self._self_check(chunk, data, self._keys, texts)
         return texts
 
     def _read_line(self, chunk: Chunk, data: bytes, start: int) -> int:

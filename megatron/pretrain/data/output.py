@@ -6,15 +6,14 @@ import contextlib
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from megatron.pretrain.data.documents import BadLine, count_lines
-from megatron.pretrain.data.indexed import IndexedWriter
 from megatron.pretrain.data.journal import (
     Interrupted, Journal, RunPosition, check_settings, read_journal)
+from megatron.pretrain.data.parts import SECTIONS, SetWriter, TokenFormat, WriterPosition
 from megatron.pretrain.data.rejects import as_record
 from megatron.pretrain.data.shard import Span
 from megatron.pretrain.data.staging import StagedFiles, part_name, reclaim, writing
@@ -28,8 +27,16 @@ SECONDS_BETWEEN_COMMITS = 5.0
 HOW_TO_RESUME = "what is done is kept, and the same command with --resume goes on from there"
 
 
+def set_prefixes(prefix: str, keys: Sequence[str]) -> list[str]:
+    """Of the sets of a run, one a key."""
+    return [f"{prefix}_{key}_document" for key in keys]
+
+
 class RunOutput:
     """Token sets, one a key, rejected lines, and the journal; a context manager around the work.
+
+    The workers write the tokens and the index, each chunk at the place that `place` gives it; what an ended
+    run's workers may still write after it are the bytes that a run which goes on writes there, too.
 
     Leaving the block by Ctrl-C, a signal or the loss of a worker keeps hidden parts that `resume` goes on
     from; leaving it by any other exception removes them. So does a full disk: its space is others' too.
@@ -38,21 +45,21 @@ class RunOutput:
         prefix: of all files.
         spans: what is read, in order.
         keys: a set for each.
-        dtype: of the tokens.
+        format: of the tokens.
         settings: everything the output follows from; to resume, it must be as it was.
         skip: write rejected lines to PREFIX_rejects.jsonl; otherwise the first raises UserError.
         resume: go on from what an interrupted run left, if there is any.
         resumable: whether the input can be read again.
     """
 
-    def __init__(self, prefix: str, spans: Sequence[Span], keys: Sequence[str], dtype: np.dtype,
+    def __init__(self, prefix: str, spans: Sequence[Span], keys: Sequence[str], format: TokenFormat,
                  settings: Mapping[str, Any], *, skip: bool, resume: bool, resumable: bool) -> None:
         self._spans, self._resumable = spans, resumable
         self._lines_before: dict[int, int] = {}
         self._started = self._committed = time.monotonic()
-        prefixes = [f"{prefix}_{key}_document" for key in keys]
+        prefixes = set_prefixes(prefix, keys)
         self.rejects_path = f"{prefix}_rejects.jsonl" if skip else None
-        endings = (".bin", ".json", ".idx", ".lengths", ".documents")
+        endings = (".bin", ".json", ".idx", *SECTIONS)
         files = [*(f"{each}{ending}" for each in prefixes for ending in endings),
                  *filter(None, [self.rejects_path])]
         left = read_journal(prefix, len(prefixes))
@@ -63,14 +70,15 @@ class RunOutput:
             # Before anything else of that run is touched: the journal is also the lock.
             self._journal = Journal(self._staging, prefix, settings, files, left if resume else None)
             self.position = self._take_over(left, resume, len(prefixes))
-            self.writers = [IndexedWriter(each, dtype, staging=self._staging, resume_at=at)
+            self.writers = [SetWriter(each, format, staging=self._staging, resume_at=at)
                             for each, at in zip(prefixes, self.position.sets)]
             self._rejects = (self._staging.create(self.rejects_path, self.position.rejects_bytes)
                              if self.rejects_path else None)
         except BaseException:
             self._staging.discard()
             raise
-        self.resumed_at = self.position
+        self.resumed_at = self._placed = self.position
+        self._unwritten: deque[RunPosition] = deque()
 
     def _take_over(self, left: Interrupted | None, resume: bool, keys: int) -> RunPosition:
         """The place to go on from; without `resume`, what an interrupted run left goes."""
@@ -103,27 +111,32 @@ class RunOutput:
             raise WorkerGone(f"{error}; {HOW_TO_RESUME}") from None
         print(f"stopped; {HOW_TO_RESUME}", file=sys.stderr)
 
-    def add(self, task: Task, screened: Screened) -> None:
-        """Append a chunk's documents, and note the lines that are none."""
-        here = self.position
+    def place(self, task: Task, screened: Screened) -> Sequence[WriterPosition]:
+        """Where the chunk's documents go, in the order of the chunks; notes the lines that are none."""
+        here = self._placed
         lines_done = here.lines if task.span == here.span else 0
         rejects = [self._record(task, bad, lines_done) for bad in screened.bad_lines]
         rejected = dict(here.rejected)
         for bad in screened.bad_lines:
             rejected[bad.error.kind] = rejected.get(bad.error.kind, 0) + 1
-        for writer, texts in zip(self.writers, screened.texts):
-            writer.add_documents(texts.tokens, texts.lengths)
         if self._rejects and rejects:
             with writing(str(self.rejects_path)):
                 self._rejects.write(b"".join(rejects))
-        # One assignment, so that a signal finds the chunk counted as a whole or not at all.
-        self.position = RunPosition(
+        self._placed = RunPosition(
             span=task.span, byte=task.chunk.start_byte + task.chunk.size_bytes,
-            lines=lines_done + screened.lines, sets=tuple(writer.position for writer in self.writers),
-            text_bytes=tuple(before + texts.text_bytes
-                             for before, texts in zip(here.text_bytes, screened.texts)),
+            lines=lines_done + screened.lines,
+            sets=tuple(before.after(*counts[:3]) for before, counts in zip(here.sets, screened.counts)),
+            text_bytes=tuple(before + counts.text_bytes
+                             for before, counts in zip(here.text_bytes, screened.counts)),
             rejects_bytes=here.rejects_bytes + sum(map(len, rejects)), rejected=rejected,
             seconds=self.resumed_at.seconds + time.monotonic() - self._started)
+        self._unwritten.append(self._placed)
+        return here.sets
+
+    def written(self) -> None:
+        """The next chunk is written at its place."""
+        # One assignment, so that a signal finds the chunk counted as a whole or not at all.
+        self.position = self._unwritten.popleft()
         if self._resumable and time.monotonic() - self._committed >= SECONDS_BETWEEN_COMMITS:
             self._journal.commit(self.position)
             self._committed = time.monotonic()
@@ -145,7 +158,8 @@ class RunOutput:
 
     def finish(self, manifests: Sequence[dict[str, Any]]) -> None:
         """Give all files their names; `manifests`, one a key, become the .json files."""
-        for writer, manifest in zip(self.writers, manifests):
+        for writer, manifest, at in zip(self.writers, manifests, self.position.sets):
+            writer.position = at
             writer.seal(manifest)
         self._journal.commit(self.position, publishing=True)
         self._staging.publish()

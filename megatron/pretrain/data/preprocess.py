@@ -1,8 +1,8 @@
 """JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers.
 
-Memory stays bounded whatever the input, below 200 MB a worker: it holds two chunks of 1 MB and what it makes
-of them; the parent holds up to two results a worker. Nothing grows with the number of documents. A line
-that is longer than a chunk is one, and takes about ten times its length.
+Memory stays bounded whatever the input, below 200 MB a worker: it holds a few chunks of 1 MB and what it
+makes of them, and writes that itself where the parent tells it to. Nothing grows with the number of
+documents. A line that is longer than a chunk is one, and takes about ten times its length.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron.pretrain import __version__
-from megatron.pretrain.config import TokenizerConfig
 from megatron.pretrain.data.encoders import choose_encoder
-from megatron.pretrain.data.indexed import token_dtype
 from megatron.pretrain.data.inputs import Input, open_inputs
-from megatron.pretrain.data.output import RunOutput
+from megatron.pretrain.data.output import RunOutput, set_prefixes
+from megatron.pretrain.data.parts import PlacedWriter, token_format
 from megatron.pretrain.data.progress import ByteProgress
 from megatron.pretrain.data.shard import Shard, Span, cut_into_spans, cut_into_tasks
-from megatron.pretrain.data.tasks import Screen
+from megatron.pretrain.data.tasks import ChunkWork
 from megatron.pretrain.data.workers import OrderedWorkers
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
+from megatron.pretrain.tokenizer_config import TokenizerConfig
 
 CHUNK_BYTES = 1 << 20
 """Enough to hide the cost of handing a chunk over, little enough to keep every worker busy to the end."""
@@ -105,22 +105,26 @@ def preprocess(config: PreprocessConfig) -> Summary:
     chunks = -(-total_bytes // config.chunk_bytes)
     is_known = not any(span.input.is_stream for span in spans)
     count = max(1, min(config.workers, chunks)) if is_known else config.workers
+    writers = [PlacedWriter(prefix, token_format(tokenizer.vocab_size))
+               for prefix in set_prefixes(config.prefix, config.json_keys)]
     # The workers start first: what is open or runs in the parent when it forks lives on in them.
-    with (OrderedWorkers(count, Screen(encoder, config.json_keys)) as workers,
+    with (OrderedWorkers(count, ChunkWork(encoder, config.json_keys, writers)) as workers,
           _open_output(config, tokenizer, inputs, spans) as output,
           ByteProgress("preprocessing", total_bytes) as progress):
         at = output.resumed_at
         progress.advance(_bytes_before(spans, at.span, at.byte))
-        for task, screened in workers.map(cut_into_tasks(spans, config.chunk_bytes, at.span, at.byte)):
-            output.add(task, screened)
+        tasks = cut_into_tasks(spans, config.chunk_bytes, at.span, at.byte)
+        for task in workers.run(tasks, output.place):
+            output.written()
             progress.advance(task.disk_bytes)
         _check_documents(config, output)
         output.finish([_manifest(config, tokenizer, inputs, key, output, number)
                        for number, key in enumerate(config.json_keys)])
-    datasets = tuple(DatasetSummary(writer.prefix, writer.n_documents, writer.n_tokens, size_bytes)
-                     for writer, size_bytes in zip(output.writers, output.position.text_bytes))
-    return Summary(datasets, total_bytes or sum(output.position.text_bytes), time.monotonic() - started,
-                   output.position.rejected, output.rejects_path, at.byte > 0)
+    position = output.position
+    datasets = tuple(DatasetSummary(writer.prefix, at.documents, at.tokens, size_bytes)
+                     for writer, at, size_bytes in zip(output.writers, position.sets, position.text_bytes))
+    return Summary(datasets, total_bytes or sum(position.text_bytes), time.monotonic() - started,
+                   position.rejected, output.rejects_path, at.byte > 0)
 
 
 def _open_output(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequence[Input],
@@ -130,7 +134,7 @@ def _open_output(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequenc
         "tokenizer": tokenizer.fingerprint, "eod_id": tokenizer.eod_id, "json_keys": config.json_keys,
         "append_eod": config.append_eod, "on_error": "skip" if config.skip_bad_lines else "fail",
         "tool_version": __version__}
-    return RunOutput(config.prefix, spans, config.json_keys, token_dtype(tokenizer.vocab_size), settings,
+    return RunOutput(config.prefix, spans, config.json_keys, token_format(tokenizer.vocab_size), settings,
                      skip=config.skip_bad_lines, resume=config.resume,
                      resumable=not any(source.is_standard_input for source in inputs))
 
@@ -175,7 +179,7 @@ def _check_documents(config: PreprocessConfig, output: RunOutput) -> None:
 
 def _manifest(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequence[Input], key: str,
               output: RunOutput, number: int) -> dict[str, Any]:
-    writer, position = output.writers[number], output.position
+    position = output.position
     return {
         "tool_version": __version__,
         "tokenizer": {
@@ -185,10 +189,10 @@ def _manifest(config: PreprocessConfig, tokenizer: Tokenizer, inputs: Sequence[I
         "append_eod": config.append_eod,
         "shard": str(config.shard),
         "sources": [source.as_dict() for source in inputs],
-        "documents": writer.n_documents,
-        "tokens": writer.n_tokens,
+        "documents": position.sets[number].documents,
+        "tokens": position.sets[number].tokens,
         "text_bytes": position.text_bytes[number],
         "rejected": dict(position.rejected),
-        "dtype": writer.dtype.name,
+        "dtype": output.writers[number].format.name,
         "seconds": round(position.seconds, 3),
     }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from megatron.pretrain.data.documents import Chunk, read_texts
+from megatron.pretrain.data.encoded import EncodedTexts
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer
 
@@ -32,42 +31,39 @@ class SelfCheck:
         self._random = random.Random()  # each run looks elsewhere
 
     def __call__(self, chunk: Chunk, data: bytes, keys: Sequence[str],
-                 columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+                 encoded: Sequence[EncodedTexts]) -> None:
         """Raises UserError for the first sampled document whose ids differ.
 
-        columns: for each key the tokens of the chunk's documents and how many each document has.
+        data: the chunk's lines.
+        encoded: what became of them, for each key.
         """
-        for document in set(self._choose(columns[0][1])):
+        for document in set(self._choose(encoded[0])):
             line, start_byte = _line_of(data, document)
             start_byte += chunk.start_byte
             texts = read_texts(Chunk(chunk.path, start_byte, len(line), False, line), keys)
-            for [text], (tokens, lengths) in zip(texts, columns):
-                start = int(lengths[:document].sum(dtype=np.int64))
-                ids = tokens[start:start + int(lengths[document])]
-                self._compare(text, ids, f"{chunk.path}, the line at byte offset {start_byte}")
+            for [text], column in zip(texts, encoded):
+                self._compare(text, column, document, f"{chunk.path}, the line at byte offset {start_byte}")
 
-    def _choose(self, lengths: np.ndarray) -> Iterator[int]:
-        if not len(lengths):
+    def _choose(self, texts: EncodedTexts) -> Iterator[int]:
+        if not texts.documents:
             return
         if self._chunks == 0:
             yield 0
         if self._chunks % CHUNKS_BETWEEN_SAMPLES == 0:
-            yield self._random.randrange(len(lengths))
+            yield self._random.randrange(texts.documents)
         self._chunks += 1
-        longest = int(lengths.argmax())
+        longest = texts.longest
         # Twice as long as any before: so there are few of them, however long the run.
-        if lengths[longest] > 2 * self._longest_tokens:
-            self._longest_tokens = int(lengths[longest])
+        if texts.length_of(longest) > 2 * self._longest_tokens:
+            self._longest_tokens = texts.length_of(longest)
             yield longest
 
-    def _compare(self, text: str, tokens: np.ndarray, where: str) -> None:
+    def _compare(self, text: str, texts: EncodedTexts, document: int, where: str) -> None:
         excerpt = self._excerpt(text)
         right = self._tokenizer.encode(excerpt)
-        if excerpt != text:
-            tokens = tokens[:len(right)]
-        elif right and self._end_id is not None:
+        if excerpt == text and right and self._end_id is not None:
             right.append(self._end_id)
-        ids = tokens.tolist()
+        ids = texts.ids_of(document, len(right) if excerpt != text else texts.length_of(document))
         if ids == right:
             return
         place = next((i for i, (ours, theirs) in enumerate(zip(ids, right)) if ours != theirs),

@@ -1,13 +1,16 @@
-"""What a worker does with a chunk: encode it, and where lines are bad take them out or name the first."""
+"""What a worker does with a chunk: encode it, take bad lines out, and write it once its place is known."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron.pretrain.data.documents import BadDocument, BadLine, Chunk, sift
-from megatron.pretrain.data.encoders import EncodedTexts, Encoder
+from megatron.pretrain.data.encoded import Counts, EncodedTexts, count
+from megatron.pretrain.data.encoders import Encoder
+from megatron.pretrain.data.parts import Entries, PlacedWriter, WriterPosition
 
 
 class Task(NamedTuple):
@@ -20,30 +23,45 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Screened:
-    """A chunk's documents, one entry a key, and its bad lines, in order."""
+    """What a chunk's documents add to the sets, one entry a key, and its bad lines, in order."""
 
-    texts: Sequence[EncodedTexts]
+    counts: Sequence[Counts]
     bad_lines: Sequence[BadLine]
 
     @property
     def lines(self) -> int:
         """Lines of the chunk, but for a blank one at the end of a file."""
-        return len(self.texts[0].lengths) + len(self.bad_lines)
+        return self.counts[0].documents + len(self.bad_lines)
 
 
-@dataclass(frozen=True)
-class Screen:
-    """An encoder that gives bad lines back beside what it made of the good ones."""
+class ChunkWork:
+    """Encodes chunks with `encoder` and holds them until it is told where in the sets of `writers` they go.
 
-    encoder: Encoder
-    keys: tuple[str, ...]
+    encoder, keys, writers: one set a key.
+    """
 
-    def __call__(self, task: Task) -> Screened:
+    def __init__(self, encoder: Encoder, keys: Sequence[str], writers: Sequence[PlacedWriter]) -> None:
+        self._encoder, self._keys, self._writers = encoder, keys, writers
+        self._held: deque[Sequence[EncodedTexts]] = deque()
+
+    def begin(self, task: Task) -> Screened:
+        for writer in self._writers:
+            writer.open()
+        texts, bad_lines = self._screen(task.chunk)
+        self._held.append(texts)
+        return Screened([count(each) for each in texts], bad_lines)
+
+    def finish(self, places: Sequence[WriterPosition]) -> None:
+        """Write the chunk that has waited longest."""
+        for writer, texts, at in zip(self._writers, self._held.popleft(), places):
+            writer.write(Entries(*texts.entries(at.tokens, at.sequences)), at)
+
+    def _screen(self, chunk: Chunk) -> tuple[Sequence[EncodedTexts], Sequence[BadLine]]:
+        """The texts of the good lines, and the bad ones."""
         try:
-            return Screened(self.encoder(task.chunk), ())
+            return self._encoder(chunk), ()
         except BadDocument:
-            good, bad_lines = sift(task.chunk, self.keys)
+            good, bad_lines = sift(chunk, self._keys)
             if not bad_lines:  # the encoder and the reader of lines disagree, which is a defect of ours
                 raise
-        chunk = Chunk(task.chunk.path, 0, len(good), ends_file=False, data=good)
-        return Screened(self.encoder(chunk), bad_lines)
+        return self._encoder(Chunk(chunk.path, 0, len(good), ends_file=False, data=good)), bad_lines

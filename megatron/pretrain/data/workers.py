@@ -1,4 +1,4 @@
-"""Processes that share a stream of tasks and give the results back in the order of the tasks.
+"""Processes that share a stream of tasks, and deliver each result where those before it end.
 
 `multiprocessing.Pool` waits for ever for a worker that was killed, and `concurrent.futures` keeps the
 program alive until running tasks are done. Here a dead worker is noticed where its result is due, and
@@ -10,46 +10,62 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron.pretrain.errors import UserError
 
 Task = TypeVar("Task")
-Result = TypeVar("Result")
+Report = TypeVar("Report")
+Place = TypeVar("Place")
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 TASKS_AHEAD = 2
 """Tasks a worker may hold: one it works on, one that waits so that it never has to."""
 
-_NO_MORE = object()
+_BEGIN, _FINISH = range(2)
 
 
 class WorkerGone(UserError):
     """A worker was killed, or ended by itself, before its work was done."""
 
 
-class _Worker(NamedTuple):
+class Work(Protocol[Task, Report, Place]):
+    """What each worker does, in two steps, because where a result goes depends on those before it."""
+
+    def begin(self, task: Task) -> Report:
+        """Do the task and hold its result; the parent gets the report."""
+
+    def finish(self, place: Place) -> None:
+        """Deliver the oldest result that is held."""
+
+
+@dataclass
+class _Worker:
     process: BaseProcess
     pipe: Connection
+    finished: int = 0
+    """Results that it said it delivered, and that were not counted yet."""
 
 
-class OrderedWorkers(Generic[Task, Result]):
-    """`count` processes that run `handle`, which must be picklable where processes are spawned."""
+class OrderedWorkers(Generic[Task, Report, Place]):
+    """`count` processes that do `work`, which must be picklable where processes are spawned."""
 
-    def __init__(self, count: int, handle: Callable[[Task], Result]) -> None:
-        self._workers = [_start(handle) for _ in range(count)]
+    def __init__(self, count: int, work: Work[Task, Report, Place]) -> None:
+        self._workers = [_start(work) for _ in range(count)]
+        self._begun: deque[tuple[Task, _Worker]] = deque()
+        self._placed: deque[tuple[Task, _Worker]] = deque()
 
-    def __enter__(self) -> OrderedWorkers[Task, Result]:
+    def __enter__(self) -> OrderedWorkers[Task, Report, Place]:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -59,91 +75,80 @@ class OrderedWorkers(Generic[Task, Result]):
             worker.process.join()
             worker.pipe.close()
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
-        """Each task and its `handle(task)`, in order, with a bounded number of tasks ahead.
+    def run(self, tasks: Iterable[Task], place: Callable[[Task, Report], Place]) -> Iterator[Task]:
+        """Each task once its result is delivered, in order, with a bounded number of tasks ahead.
 
-        An exception of `handle` is raised here, the first in the order of the tasks; a worker that is
-        gone raises UserError.
+        `place` says where a result goes; it sees the reports in the order of the tasks. An exception in a
+        worker is raised here, the first in that order; a worker that is gone raises UserError.
         """
-        due: deque[tuple[Task, _Worker]] = deque()
         for number, task in enumerate(tasks):
-            if len(due) == TASKS_AHEAD * len(self._workers):
-                yield _next(due)
+            if len(self._begun) == TASKS_AHEAD * len(self._workers):
+                self._place_next(place)
             worker = self._workers[number % len(self._workers)]
-            _send(worker, task)
-            due.append((task, worker))
-        while due:
-            yield _next(due)
+            _send(worker, _BEGIN, task)
+            self._begun.append((task, worker))
+            yield from self._finished()
+        while self._begun:
+            self._place_next(place)
+            yield from self._finished()
+        while self._placed:
+            _receive(self._placed[0][1], _FINISH)
+            yield from self._finished()
+
+    def _place_next(self, place: Callable[[Task, Report], Place]) -> None:
+        task, worker = self._begun.popleft()
+        _send(worker, _FINISH, place(task, _receive(worker, _BEGIN)))
+        self._placed.append((task, worker))
+
+    def _finished(self) -> Iterator[Task]:
+        while self._placed and self._placed[0][1].finished:
+            task, worker = self._placed.popleft()
+            worker.finished -= 1
+            yield task
 
 
-def _start(handle: Callable[[Any], Any]) -> _Worker:
+def _start(work: Work[Any, Any, Any]) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_serve, args=(handle, theirs, ours), daemon=True)
+    process = multiprocessing.Process(target=_serve, args=(work, theirs, ours), daemon=True)
     process.start()
     # With our copy closed the worker's end is the last, so that its death reads as an end of file.
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(handle: Callable[[Any], Any], pipe: Connection, parents_end: Connection) -> None:
-    """The worker: answer tasks until the parent is gone."""
+def _serve(work: Work[Any, Any, Any], pipe: Connection, parents_end: Connection) -> None:
+    """The worker: do what the parent asks for until it is gone."""
     _die_with(os.getppid())
     # A fork copies the parent's end too; while it is open here, the parent's death would go unnoticed.
     parents_end.close()
     # Ctrl-C reaches the whole group, but ending the workers is the parent's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tasks: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
-    while True:
-        task = tasks.get()
-        if task is _NO_MORE:
-            return
+    messages: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, messages), daemon=True).start()
+    while (message := messages.get()) is not None:
+        step, content = message
         try:
-            answer = handle(task), None
+            answer = step, work.begin(content) if step == _BEGIN else work.finish(content), None
         except Exception as error:
-            answer = error, traceback.format_exc()
+            answer = step, error, traceback.format_exc()
         try:
-            _send_answer(pipe, answer)
+            pipe.send(answer)
         except OSError:
             return
 
 
-def _send_answer(pipe: Connection, answer: Any) -> None:
-    """Arrays go as they lie in memory, after the rest; a pickle that held them would be two more copies."""
-    buffers: list[pickle.PickleBuffer] = []
-    rest = pickle.dumps(answer, protocol=5, buffer_callback=buffers.append)
-    arrays = [buffer.raw() for buffer in buffers]
-    pipe.send((rest, [array.nbytes for array in arrays]))
-    for array in arrays:
-        while array.nbytes:
-            array = array[os.write(pipe.fileno(), array):]
+def _listen(pipe: Connection, messages: SimpleQueue[tuple[int, Any] | None]) -> None:
+    """Take messages in while an answer is being sent.
 
-
-def _receive_answer(pipe: Connection) -> Any:
-    rest, sizes_bytes = pipe.recv()
-    arrays = [bytearray(size_bytes) for size_bytes in sizes_bytes]
-    for array in arrays:
-        left = memoryview(array)
-        while left.nbytes:
-            read_bytes = os.readv(pipe.fileno(), [left])
-            if not read_bytes:
-                raise EOFError
-            left = left[read_bytes:]
-    return pickle.loads(rest, buffers=arrays)
-
-
-def _receive_tasks(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
-    """Take tasks in while an answer is being sent.
-
-    Neither fits into a pipe: a parent that sends a task to a worker that sends an answer would wait for
+    Neither need fit into a pipe: a parent that sends a task to a worker that sends a report would wait for
     ever if the worker did not listen.
     """
     while True:
         try:
-            tasks.put(pipe.recv())
+            messages.put(pipe.recv())
         except (EOFError, OSError):
-            tasks.put(_NO_MORE)
+            messages.put(None)
             return
 
 
@@ -156,26 +161,25 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _send(worker: _Worker, task: Any) -> None:
+def _send(worker: _Worker, step: int, content: Any) -> None:
     try:
-        worker.pipe.send(task)
+        worker.pipe.send((step, content))
     except OSError:
         raise _gone(worker) from None
 
 
-def _next(due: deque[tuple[Any, _Worker]]) -> tuple[Any, Any]:
-    task, worker = due.popleft()
-    return task, _receive(worker)
-
-
-def _receive(worker: _Worker) -> Any:
-    try:
-        result, trace = _receive_answer(worker.pipe)
-    except (EOFError, OSError):
-        raise _gone(worker) from None
-    if trace is not None:
-        raise result from RuntimeError(f"in worker {worker.process.pid}:\n{trace}")
-    return result
+def _receive(worker: _Worker, awaited: int) -> Any:
+    """The worker's next answer of the step that is awaited; deliveries are counted on the way."""
+    while True:
+        try:
+            step, result, trace = worker.pipe.recv()
+        except (EOFError, OSError):
+            raise _gone(worker) from None
+        if trace is not None:
+            raise result from RuntimeError(f"in worker {worker.process.pid}:\n{trace}")
+        worker.finished += step == _FINISH
+        if step == awaited:
+            return result
 
 
 def _gone(worker: _Worker) -> WorkerGone:

@@ -14,7 +14,6 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
 import orjson
 import sentencepiece
 
@@ -69,7 +68,7 @@ def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:
                      for number, document in enumerate({"text": text} for text in texts))
     [encoded] = encoder(Chunk("fuzz.jsonl", 0, len(lines), True, lines))
     assert encoded.text_bytes == sum(len(text.encode()) for text in texts)
-    return [ids.tolist() for ids in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])]
+    return [encoded.ids_of(number, encoded.length_of(number)) for number in range(encoded.documents)]
 
 
 def differences(model: Path, strings: int, seed: int) -> int:

@@ -1,12 +1,16 @@
 // The module megatron.pretrain.data._native: what Python sees.
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <numeric>
 
 #include "chunk_encoder.h"
 
 namespace py = pybind11;
+
+// The numbers of a set are little-endian, and here they go to the disk as they lie in memory.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
 
 namespace neo {
 namespace {
@@ -15,8 +19,8 @@ std::string_view view_of(const py::bytes& bytes) { return static_cast<std::strin
 const Byte* bytes_of(std::string_view view) { return reinterpret_cast<const Byte*>(view.data()); }
 
 template <class Number>
-py::array_t<Number> copy_of(const Number* numbers, size_t count) {
-  return py::array_t<Number>(static_cast<py::ssize_t>(count), numbers);
+py::bytes bytes_of(const std::vector<Number>& numbers) {
+  return py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(Number));
 }
 
 template <class Id>
@@ -26,36 +30,64 @@ std::unique_ptr<ChunkEncoder<Id>> make_encoder(const py::bytes& model, const std
 }
 
 template <class Id>
-void check_column(const ChunkEncoder<Id>& encoder, size_t key) {
-  if (key >= encoder.columns()) throw py::index_error("no such key");
-}
-
-template <class Id>
 size_t encode_lines(ChunkEncoder<Id>& encoder, const py::bytes& data, size_t start) {
   const std::string_view view = view_of(data);
   if (start > view.size()) throw py::index_error("starts past the end");
+  const py::gil_scoped_release others_may_run;
   return encoder.encode_lines(bytes_of(view), view.size(), start);
 }
 
 template <class Id>
 void encode_text(ChunkEncoder<Id>& encoder, size_t key, const py::str& text) {
-  check_column(encoder, key);
   const std::string utf8 = text;  // Python refuses a lone surrogate here
   encoder.encode_text(key, bytes_of(utf8), utf8.size());
 }
 
+// Without a copy: the view keeps the column.
 template <class Id>
-py::tuple take(ChunkEncoder<Id>& encoder, size_t key) {
-  check_column(encoder, key);
-  const Column<Id>& column = encoder.column(key);
-  return py::make_tuple(copy_of(column.ids.data(), column.ids.size()),
-                        copy_of(column.lengths.data(), column.lengths.size()), column.text_bytes);
+py::buffer_info ids_of_all(Column<Id>& column) {
+  return py::buffer_info(column.ids.data(), static_cast<py::ssize_t>(column.ids.size()), true);
+}
+
+template <class Id>
+int32_t length_of(const Column<Id>& column, size_t document) {
+  return column.lengths.at(document);
+}
+
+template <class Id>
+std::vector<Id> ids_of(const Column<Id>& column, size_t document, size_t first) {
+  const size_t count = std::min(first, static_cast<size_t>(length_of(column, document)));
+  const auto length = column.lengths.begin() + static_cast<ptrdiff_t>(document);
+  const Id* start = column.ids.data() + std::accumulate(column.lengths.begin(), length, size_t{0});
+  return std::vector<Id>(start, start + count);
+}
+
+template <class Id>
+py::tuple entries(py::object self, int64_t tokens, int64_t sequences) {
+  const auto index = self.cast<const Column<Id>&>().index(tokens, sequences);
+  return py::make_tuple(py::memoryview(self), bytes_of(index.lengths), bytes_of(index.offsets),
+                        bytes_of(index.documents));
 }
 
 template <class Id>
 py::str whole_units(ChunkEncoder<Id>& encoder, const py::str& text) {
   const std::string utf8 = text;
   return py::str(utf8.data(), encoder.last_boundary(bytes_of(utf8), utf8.size()));
+}
+
+template <class Id>
+void bind_column(py::module_& module, const char* name) {
+  using Texts = Column<Id>;
+  py::class_<Texts, std::shared_ptr<Texts>>(module, name, py::buffer_protocol(), "An EncodedTexts.")
+      .def_buffer(&ids_of_all<Id>)
+      .def_property_readonly("tokens", [](const Texts& texts) { return texts.ids.size(); })
+      .def_property_readonly("sequences", &Texts::sequences)
+      .def_property_readonly("documents", [](const Texts& texts) { return texts.lengths.size(); })
+      .def_readonly("text_bytes", &Texts::text_bytes)
+      .def_property_readonly("longest", &Texts::longest)
+      .def("length_of", &length_of<Id>, py::arg("document"))
+      .def("ids_of", &ids_of<Id>, py::arg("document"), py::arg("first"))
+      .def("entries", &entries<Id>, py::arg("tokens"), py::arg("sequences"));
 }
 
 template <class Id>
@@ -69,7 +101,7 @@ void bind_encoder(py::module_& module, const char* name) {
       .def("encode_lines", &encode_lines<Id>, py::arg("data"), py::arg("start"),
            "Add the documents of lines; returns the offset of the first line not read here, or the end.")
       .def("encode_text", &encode_text<Id>, py::arg("key"), py::arg("text"), "Add a document to one key.")
-      .def("take", &take<Id>, py::arg("key"), "(ids, lengths as int32, bytes of text) of one key.")
+      .def("take", &Encoder::take, py::arg("key"), "The documents of one key, which it then forgets.")
       .def("whole_units", &whole_units<Id>, py::arg("text"),
            "The text without its last unit: its ids begin the text's ids, whatever follows.");
 }
@@ -79,6 +111,8 @@ void bind_encoder(py::module_& module, const char* name) {
 
 PYBIND11_MODULE(_native, module) {
   py::register_exception<neo::Declined>(module, "Declined", PyExc_ValueError);
+  neo::bind_column<uint16_t>(module, "Texts16");
+  neo::bind_column<int32_t>(module, "Texts32");
   neo::bind_encoder<uint16_t>(module, "Encoder16");
   neo::bind_encoder<int32_t>(module, "Encoder32");
 }

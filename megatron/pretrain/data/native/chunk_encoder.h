@@ -2,18 +2,13 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
+#include "column.h"
 #include "json_line.h"
 #include "text_encoder.h"
 
 namespace neo {
-
-template <class Id>
-struct Column {
-  Buffer<Id> ids;
-  std::vector<int32_t> lengths;
-  uint64_t text_bytes = 0;
-};
 
 template <class Id>
 class ChunkEncoder {
@@ -23,16 +18,13 @@ class ChunkEncoder {
       : vocabulary_(model),
         encoder_(vocabulary_),
         line_(keys, vocabulary_.add_dummy_prefix() ? " " : ""),
-        columns_(keys.size()),
-        end_id_(end_id) {}
+        end_id_(end_id) {
+    for (size_t key = 0; key < keys.size(); ++key) columns_.push_back(pool_.take());
+  }
 
   // Forgets the columns; what was learnt of units stays.
   void clear() {
-    for (Column<Id>& column : columns_) {
-      column.ids.clear();
-      column.lengths.clear();
-      column.text_bytes = 0;
-    }
+    for (const auto& column : columns_) column->clear();
   }
 
   // Appends the documents of the lines from `start` on. Returns where it stopped: the size of the data, or
@@ -42,7 +34,7 @@ class ChunkEncoder {
     const Byte* end = data + size;
     while (at < end && line_.read(at, end, at)) {
       for (size_t key = 0; key < columns_.size(); ++key)
-        append(columns_[key], line_.text(key), line_.text_size(key));
+        append(*columns_[key], line_.text(key), line_.text_size(key));
     }
     return static_cast<size_t>(at - data);
   }
@@ -50,7 +42,7 @@ class ChunkEncoder {
   // Appends a document to one column: `text` is valid UTF-8, read by others.
   void encode_text(size_t key, const Byte* text, size_t size) {
     set_text(text, size);
-    append(columns_[key], text_, size);
+    append(*columns_.at(key), text_, size);
   }
 
   // Where a unit near the text's end begins, as an offset in it: up to there its ids do not depend on what
@@ -67,7 +59,9 @@ class ChunkEncoder {
     return static_cast<size_t>(last - start);
   }
 
-  const Column<Id>& column(size_t key) const { return columns_.at(key); }
+  const Column<Id>& column(size_t key) const { return *columns_.at(key); }
+  // Hands a column over, and goes on with an empty one.
+  std::shared_ptr<Column<Id>> take(size_t key) { return std::exchange(columns_.at(key), pool_.take()); }
   size_t columns() const { return columns_.size(); }
 
  private:
@@ -92,7 +86,8 @@ class ChunkEncoder {
   Vocabulary vocabulary_;
   TextEncoder<Id> encoder_;
   JsonLine line_;
-  std::vector<Column<Id>> columns_;
+  ColumnPool<Id> pool_;
+  std::vector<std::shared_ptr<Column<Id>>> columns_;
   std::optional<Id> end_id_;
   Text text_;
 };

@@ -4,6 +4,10 @@
 #include <string_view>
 #include <utility>
 
+#ifdef __SSE2__  // which every x86-64 has
+#include <emmintrin.h>
+#endif
+
 namespace neo {
 namespace {
 
@@ -27,6 +31,16 @@ uint64_t special_bits(uint64_t word) {
   const uint64_t quote = word ^ kOnes * '"', backslash = word ^ kOnes * '\\';
   return ((quote - kOnes) & ~quote) | ((backslash - kOnes) & ~backslash) | ((word - kOnes * 0x20) & ~word);
 }
+
+#ifdef __SSE2__
+// All ones wherever a byte is special.
+__m128i special_bytes(__m128i bytes) {
+  const __m128i quotes = _mm_cmpeq_epi8(bytes, _mm_set1_epi8('"'));
+  const __m128i backslashes = _mm_cmpeq_epi8(bytes, _mm_set1_epi8('\\'));
+  const __m128i controls = _mm_cmpeq_epi8(_mm_min_epu8(bytes, _mm_set1_epi8(0x1F)), bytes);
+  return _mm_or_si128(_mm_or_si128(quotes, backslashes), controls);
+}
+#endif
 
 // How many bytes of the word stand before its first special one; `found` are its special bits.
 size_t plain_bytes(const Byte* at, uint64_t found) {
@@ -104,6 +118,18 @@ bool JsonLine::read_text(Text& text) {
 
 // Whole words are copied: what is not yet to be copied will be overwritten.
 Byte* JsonLine::copy_plain(Byte* to) {
+#ifdef __SSE2__
+  for (; end_ - at_ >= 16; at_ += 16, to += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at_));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+    if (_mm_movemask_epi8(bytes)) string_bits_ |= kHighs;
+    if (const auto found = static_cast<unsigned>(_mm_movemask_epi8(special_bytes(bytes)))) {
+      const int count = __builtin_ctz(found);
+      at_ += count;
+      return to + count;
+    }
+  }
+#endif
   for (; end_ - at_ >= 8; at_ += 8, to += 8) {
     const uint64_t word = load(at_);
     std::memcpy(to, &word, sizeof word);

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ascii_joins.h"
 #include "vocabulary.h"
 
 namespace neo {
@@ -53,7 +54,7 @@ class Splitter {
     const size_t before = block ? 2 : 0, after = block + size < text_size;
     const Byte* const at = text + block;
     uint64_t found = is_ascii(at - before, before + size + after)
-                         ? ascii_boundaries(at, size, block ? at[-2] << 7 | at[-1] : 0, after)
+                         ? ascii_boundaries(at, size, before, after)
                          : other_boundaries(at, size, text);
     return block ? found : found & ~1ull;
   }
@@ -64,32 +65,41 @@ class Splitter {
     return all < 0x80;
   }
 
-  // Without a branch on the data: what text comes next is what a processor guesses worst. `last` are the
-  // two characters before, 7 bits each; 0, which stands in no piece, where there is none. `after`: whether
-  // one follows.
-  uint64_t ascii_boundaries(const Byte* at, size_t size, uint32_t last, bool after) const {
-    uint64_t pairs = 0, triples = 0;
-    const auto append = [&last](Byte byte) { return last = (last << 7 | byte) & 0x1FFFFF; };
-    for (size_t i = 0; i < size; ++i) {
-      const uint64_t joins = vocabulary_.ascii_joins(append(at[i]));
-      pairs |= (joins >> 1) << i;
-      triples |= (joins & 1) << i;
+  // before, after: how many characters of the text stand next to the block.
+  uint64_t ascii_boundaries(const Byte* at, size_t size, size_t before, size_t after) const {
+    // 0 stands in no piece: so it may stand for what is not there.
+    Byte padded[2 + kBlock] = {};
+    const bool is_whole = before == 2 && size == kBlock;
+    if (!is_whole) std::memcpy(padded + 2 - before, at - before, before + size);
+    const auto [pairs, triples] = ascii_joins(vocabulary_, is_whole ? at : padded + 2, size);
+    uint64_t next = 0;
+    if (after) {
+      const uint32_t last = size > 1 ? at[size - 2] : before ? at[-1] : 0;
+      next = vocabulary_.ascii_joins(last << 14 | at[size - 1] << 7 | at[size]) & 1;
     }
-    const uint64_t next = after ? vocabulary_.ascii_joins(append(at[size])) & 1 : 0;
     const uint64_t joined = pairs | triples | triples >> 1 | next << (size - 1);
     return ~joined & ~0ull >> (kBlock - size);
   }
 
+  // In two passes, so that the look-ups of many characters are under way at once.
   uint64_t other_boundaries(const Byte* at, size_t size, const Byte* text) const {
+    Symbol symbols[kBlock + 1];
+    Byte starts[kBlock];
+    symbols[0] = at == text ? kNoSymbol : symbol_before(at);
+    size_t count = 0;
+    size_t i = 0;
+    while (i < size && (at[i] & 0xC0) == 0x80) ++i;
+    while (i < size) {
+      starts[count] = static_cast<Byte>(i);
+      const Character character = read_character(at + i);
+      symbols[++count] = vocabulary_.symbol_of(character.code_point);
+      i += character.size;
+    }
     uint64_t found = 0;
-    Symbol previous = at == text ? kNoSymbol : symbol_before(at);
-    for (size_t i = 0; i < size; ++i) {
-      if ((at[i] & 0xC0) == 0x80) continue;
-      const Symbol current = vocabulary_.symbol_of(decode(at + i));
-      const bool joins =
-          previous != kNoSymbol && current != kNoSymbol && vocabulary_.may_join(previous, current);
-      found |= static_cast<uint64_t>(!joins) << i;
-      previous = current;
+    for (size_t k = 0; k < count; ++k) {
+      const bool joins = (symbols[k] != kNoSymbol) & (symbols[k + 1] != kNoSymbol) &
+                         vocabulary_.may_join(symbols[k], symbols[k + 1]);
+      found |= static_cast<uint64_t>(!joins) << starts[k];
     }
     return found;
   }

@@ -15,14 +15,21 @@ inline size_t character_size(Byte lead) {
   return lead < 0xF0 ? 3 : 4;
 }
 
-// The code point at `at`, in valid UTF-8.
-inline uint32_t decode(const Byte* at) {
+struct Character {
+  uint32_t code_point;
+  size_t size;
+};
+
+// The character at `at`, in valid UTF-8.
+inline Character read_character(const Byte* at) {
   const Byte lead = at[0];
-  if (lead < 0x80) return lead;
-  if (lead < 0xE0) return (lead & 0x1Fu) << 6 | (at[1] & 0x3Fu);
-  if (lead < 0xF0) return (lead & 0x0Fu) << 12 | (at[1] & 0x3Fu) << 6 | (at[2] & 0x3Fu);
-  return (lead & 0x07u) << 18 | (at[1] & 0x3Fu) << 12 | (at[2] & 0x3Fu) << 6 | (at[3] & 0x3Fu);
+  if (lead < 0x80) return {lead, 1};
+  if (lead < 0xE0) return {(lead & 0x1Fu) << 6 | (at[1] & 0x3Fu), 2};
+  if (lead < 0xF0) return {(lead & 0x0Fu) << 12 | (at[1] & 0x3Fu) << 6 | (at[2] & 0x3Fu), 3};
+  return {(lead & 0x07u) << 18 | (at[1] & 0x3Fu) << 12 | (at[2] & 0x3Fu) << 6 | (at[3] & 0x3Fu), 4};
 }
+
+inline uint32_t decode(const Byte* at) { return read_character(at).code_point; }
 
 // Writes the UTF-8 of `code_point` (up to 4 bytes) and returns how many bytes it has.
 inline size_t encode(uint32_t code_point, Byte* to) {

@@ -107,7 +107,7 @@ class Vocabulary::Builder {
   void build() {
     if (pieces_.size() >= kNoSymbol / 2) throw Declined("it has too many pieces");
     to_.pieces_ = static_cast<Symbol>(pieces_.size());
-    to_.characters_.emplace_back().fill(kNoSymbol);  // the page of all characters that stand in no piece
+    add_page();  // of all characters that stand in no piece
     to_.ranks_ = rank_scores(pieces_);
     index_bytes();
     for (Symbol id = 0; id < to_.pieces_; ++id) is_spelled_.push_back(can_be_spelled(pieces_[id]));
@@ -144,11 +144,13 @@ class Vocabulary::Builder {
   Symbol& slot_of_character(uint32_t code_point) {
     uint16_t& page = to_.page_of_[code_point >> kPageBits];
     if (page == 0) {
-      page = static_cast<uint16_t>(to_.characters_.size());
-      to_.characters_.emplace_back().fill(kNoSymbol);
+      page = static_cast<uint16_t>(to_.pages_.size() >> kPageBits);
+      add_page();
     }
-    return to_.characters_[page][code_point & kPageMask];
+    return to_.pages_[page << kPageBits | (code_point & kPageMask)];
   }
+
+  void add_page() { to_.pages_.resize(to_.pages_.size() + (1 << kPageBits), kNoSymbol); }
 
   Symbol character(uint32_t code_point, std::string_view text) {
     Symbol& symbol = slot_of_character(code_point);
@@ -206,7 +208,7 @@ class Vocabulary::Builder {
   void add_neighbours() {
     for (size_t i = 1; i < characters_.size(); ++i) {
       const Character &left = characters_[i - 1], &right = characters_[i];
-      to_.join_filter_.add(hash_of(pair_key(left.symbol, right.symbol)));
+      to_.join_filter_.add(join_hash(left.symbol, right.symbol));
       const uint32_t l = left.in_text(), r = right.in_text();
       if ((l | r) >= 0x80) continue;
       if (characters_.size() == 2)
@@ -216,9 +218,9 @@ class Vocabulary::Builder {
     }
   }
 
-  void add_ascii_join(uint32_t first, uint32_t second, uint32_t third, uint64_t bit) {
+  void add_ascii_join(uint32_t first, uint32_t second, uint32_t third, uint32_t bit) {
     const uint32_t three = first << 14 | second << 7 | third;
-    to_.ascii_joins_[three >> 5] |= bit << (2 * (three & 31));
+    to_.ascii_joins_[three >> 4] |= bit << (2 * (three & 15));
   }
 
   void fill_merge_table() {

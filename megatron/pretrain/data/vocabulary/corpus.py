@@ -111,7 +111,7 @@ def gather(packages: Sequence[tuple[Package, Path]], folder: Path, held_out_perc
                 for name, text in _selected(unpacked, selection, tally):
                     # The repeats of a word list are its meaning, and it is no prose to measure on.
                     counted = selection.reader == "words"
-                    text = text if counted else _without_repeats(text, seen)
+                    text = text if counted else without_repeats(text, seen)
                     held_out = not counted and _draw(f"{package.name}/{name}") < held_out_percent
                     size_bytes = len(text.encode("utf-8"))
                     if not size_bytes:
@@ -153,7 +153,7 @@ def _draw(name: str) -> float:
     return zlib.crc32(name.encode("utf-8")) / 2**32 * 100
 
 
-def _without_repeats(text: str, seen: set[int]) -> str:
+def without_repeats(text: str, seen: set[int]) -> str:
     lines = []
     for line in text.splitlines():
         long = len(line.encode("utf-8")) >= REPEATED_LINE_BYTES
