@@ -71,6 +71,9 @@ class LayoutConfig:
     overlap_grad_reduce: bool = setting(False, "Reduce gradients while the backward pass still runs.")
     overlap_param_gather: bool = setting(
         False, "Gather updated parameters during the next forward pass (distributed optimizer only).")
+    disable_tp_comm_overlap: bool = setting(
+        False, "Fused layers: NCCL alone for tensor parallelism, where GPUs of one machine else fetch from each "
+        "other's memory beside their products.")
     distributed_backend: str = setting(
         "auto", "nccl for GPUs, gloo for CPUs; auto takes what the machine has.",
         choices=("auto", "nccl", "gloo"))

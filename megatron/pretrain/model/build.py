@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.pretrain.config import RunConfig
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.model.fused import peers
 from megatron.pretrain.model.fused.accumulators import replace_instead_of_zeroing
 from megatron.pretrain.model.fused.fp8_model import Fp8State
 from megatron.pretrain.model.fused.kernels import installed, kernels_for, missing_packages
@@ -38,6 +39,8 @@ def build_model(config: RunConfig, padded_vocab_size: int, device: torch.device)
         # A graph records a stream of the program's own, and hooks of gradients run on the stream they were made on.
         torch.cuda.set_stream(torch.cuda.Stream())
     engine = transformer_config(config, device, implementation)
+    if implementation == "fused" and config.layout.sequence_parallel and not config.layout.disable_tp_comm_overlap:
+        peers.connect(parallel_state.get_tensor_model_parallel_group())
     stages = engine.virtual_pipeline_model_parallel_size
     chunks = [
         _wrap(_chunk(config, engine, implementation, padded_vocab_size, stage).to(device), config, engine, number)

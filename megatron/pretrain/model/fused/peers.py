@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
+
+from megatron.pretrain.errors import UserError
+
+FIRST_HALF_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,7 @@ class PeerMemory:
 
     def meet(self) -> None:
         """Start with the first half again: a recorded sequence of collectives may follow itself, or any other."""
-        if self._half_bytes:
-            self._memory.barrier(channel=0)
+        self._memory.barrier(channel=0)
         self._halves = itertools.cycle((0, 1))
 
     def gather(self, shard: Tensor, whole: Tensor, consume: Callable[[Tensor, int], None]) -> None:
@@ -90,16 +92,19 @@ class PeerMemory:
                 done.append(self._stream.record_event())
         return done
 
+    def reserve(self, half_bytes: int) -> None:
+        """Make room of at least this size a half, on all ranks alike, once nobody reads the former."""
+        torch.cuda.synchronize()
+        dist.barrier(self._group)
+        self._half_bytes = -(-half_bytes // 512) * 512
+        self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
+                                              device=torch.cuda.current_device())
+        self._memory = symmetric_memory.rendezvous(self._tensor, self._group)
+
     def _next_half(self, needed_bytes: int) -> int:
-        """Which half is next, after all ranks have made room where it is too small: all see the same sizes."""
+        """Which half is next; all ranks ask for the same sizes."""
         if needed_bytes > self._half_bytes:
-            # Nobody may still be reading what is given back.
-            torch.cuda.synchronize()
-            dist.barrier(self._group)
-            self._half_bytes = -(-needed_bytes // 512) * 512
-            self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
-                                                  device=torch.cuda.current_device())
-            self._memory = symmetric_memory.rendezvous(self._tensor, self._group)
+            self.reserve(needed_bytes)
         return next(self._halves)
 
     def _slot(self, rank: int, half: int, like: Tensor, number: int = 0) -> Tensor:
@@ -108,18 +113,37 @@ class PeerMemory:
         return self._memory.get_buffer(rank, like.shape, like.dtype, offset_bytes // like.element_size())
 
 
-@cache
+_connected: dict[dist.ProcessGroup, PeerMemory] = {}
+
+
 def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
-    """The group's, if its ranks are GPUs of one machine that see each other's memory; else None, and NCCL it is."""
-    if group is None or group.size() == 1 or not torch.cuda.is_available() or dist.get_backend(group) != "nccl":
-        return None
+    """That of a group that was connected; else None, and its collectives are NCCL's or gloo's."""
+    return None if group is None else _connected.get(group)
+
+
+def connect(group: dist.ProcessGroup) -> None:
+    """Let collectives of a group go through its ranks' memory, if they are GPUs of one machine that see each other's.
+
+    All its ranks call this. Raises UserError where the driver should give that view and does not.
+    """
+    if group.size() == 1 or dist.get_backend(group) != "nccl":
+        return
+    if not _see_each_other(dist.get_process_group_ranks(group)):
+        logger.info("tensor parallelism: NCCL, because its %d GPUs do not see each other's memory", group.size())
+        return
+    peers = PeerMemory(group)
+    try:
+        peers.reserve(FIRST_HALF_BYTES)
+    except RuntimeError as error:
+        raise UserError(f"tensor parallelism: GPUs could not map each other's memory ({error}); "
+                        "--disable-tp-comm-overlap does without") from error
+    _connected[group] = peers
+    logger.info("tensor parallelism: %d GPUs fetch from each other's memory while they compute", group.size())
+
+
+def _see_each_other(ranks: Sequence[int]) -> bool:
+    """By torchrun's order: a machine's ranks follow each other, one a GPU."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ranks = dist.get_process_group_ranks(group)
     devices = [rank % here for rank in ranks]
-    one_machine = len({rank // here for rank in ranks}) == 1 and max(devices) < torch.cuda.device_count()
-    if not one_machine or not all(torch.cuda.can_device_access_peer(one, other)
-                                  for one, other in itertools.permutations(devices, 2)):
-        logger.info("tensor parallelism: NCCL, because its %d GPUs do not see each other's memory", len(ranks))
-        return None
-    logger.info("tensor parallelism: %d GPUs fetch from each other's memory while they compute", len(ranks))
-    return PeerMemory(group)
+    return len({rank // here for rank in ranks}) == 1 and max(devices) < torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(one, other) for one, other in itertools.permutations(devices, 2))
