@@ -37,7 +37,8 @@ class FusedAdamW(torch.optim.AdamW):
                     state = self._state_of(parameter)
                     state["step"] += 1
                     update_(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"],
-                            self.model_weights.get(parameter), **coefficients(group, float(state["step"])), divisor=self.gradient_divisor)
+                            self.model_weights.get(parameter), **coefficients(group, float(state["step"])),
+                            divisor=self.gradient_divisor)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]

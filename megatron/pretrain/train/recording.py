@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-EAGER_MICRO_BATCHES = 3
+EAGER_STEPS = 3
 """Before anything is recorded kernels are compiled, fp8's history begins and peers' memory finds its size."""
 
 logger = logging.getLogger(__name__)
 
 
 class Recording:
-    """Runs micro-batches, the first few as they are, later ones as graphs.
+    """Runs micro-batches, those of the first few steps as they are, later ones as graphs.
+
+    The first graph to be recorded is that of a step's first micro-batch: what it leaves for the others of its
+    step, such as weights in fp8, must lie in the graphs' own memory when those are recorded.
 
     `micro_batch(inputs)` runs forward and backward on tensors of the device and returns what is reported of it;
     `apart()` is the context in which gradients stay on this rank. The current stream must be one of the
@@ -34,18 +37,18 @@ class Recording:
     def __init__(self, micro_batch: Callable[[Mapping[str, Tensor]], Tensor],
                  apart: Callable[[], AbstractContextManager], weights: list[Parameter]) -> None:
         self._micro_batch, self._apart, self._weights = micro_batch, apart, weights
-        self._eager_left = EAGER_MICRO_BATCHES
+        self._steps = 0
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[str, Tensor] = {}
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One micro-batch on tensors of the host or the device; its report."""
-        if self._eager_left > 0:
-            self._eager_left -= 1
+        first = not self._weights[0].grad_added_to_main_grad
+        self._steps += first
+        if self._steps <= EAGER_STEPS:
             with self._apart():
                 return self._micro_batch({name: _on_gpu(tensor) for name, tensor in inputs.items()})
-        first = not self._weights[0].grad_added_to_main_grad
         if first not in self._graphs:
             self._graphs[first] = self._record(inputs, first)
         graph, report = self._graphs[first]

@@ -30,7 +30,7 @@ class Quantized:
     data: Tensor
     """fp8 [rows, columns], contiguous."""
     transposed: Tensor | None
-    """fp8 [columns, rows], contiguous; None of a rank's part of a matrix, whose whole is transposed once it is there."""
+    """fp8 [columns, rows], contiguous; None of a rank's part of a matrix, which is transposed once it is whole."""
     inverse: Tensor
     """fp32 scalar: 1 / scale."""
 
