@@ -187,7 +187,7 @@ def run_config(spec: dict[str, Any]) -> Any:
         "transformer_impl": layers}
     sections["layout"] = {
         "tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "use_distributed_optimizer": True,
-        "overlap_grad_reduce": dp > 1, "distributed_timeout_minutes": 5}
+        "overlap_grad_reduce": dp > 1 and not graph, "distributed_timeout_minutes": 5}
     sections["tokenizer"] = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size}
     sections["data"] = {"seq_length": shape.seq_length}
     sections["optim"] = {"lr": 2e-4, "weight_decay": 0.1}

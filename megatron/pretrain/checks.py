@@ -216,6 +216,8 @@ def _check_cuda_graph(config: RunConfig) -> None:
     _require(layout.pipeline_model_parallel_size == 1,
              f"--enable-cuda-graph: --pipeline-model-parallel-size {layout.pipeline_model_parallel_size}; "
              "a pipeline's micro-batches are not recorded, leave out one of them")
+    _require(not layout.overlap_grad_reduce,
+             "--enable-cuda-graph: what --overlap-grad-reduce starts from hooks is not recorded; leave out one of them")
     _require(not layout.overlap_param_gather,
              "--enable-cuda-graph: a graph does not wait for --overlap-param-gather; leave out one of them")
     _require(config.train.recompute_granularity != "full",

@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 FUSED = ("--transformer-impl", "fused")
 LAYOUTS |= {f"fused, {name}": (*FUSED, *LAYOUTS[name]) for name in (
-    "DP2", "DP2, distributed optimizer, overlapped", "TP2", "PP2, interleaved, recomputed")}
+    "DP2", "DP2, distributed optimizer, overlapped", "TP2", "TP2, sequence parallel", "PP2, interleaved, recomputed")}
 LAYOUTS["fused, TP2, sequence parallel, MLP recomputed"] = (
     *FUSED, *LAYOUTS["TP2, sequence parallel"], "--recompute-granularity", "selective", "--recompute-modules", "mlp")
 

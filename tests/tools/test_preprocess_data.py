@@ -36,8 +36,12 @@ def preprocess(run_tool, tmp_path: Path, tiny_tokenizer: Path):
     return run
 
 
+LONG_RUN_FILES = 5
+
+
 def outputs(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name not in ("my-corpus.json", "neo"))
+    inputs = ("my-corpus.json", "neo", *(f"long-{number}.json" for number in range(LONG_RUN_FILES)))
+    return sorted(path.name for path in folder.iterdir() if path.name not in inputs)
 
 
 def assert_refused(outcome: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -147,9 +151,11 @@ def test_without_the_install_it_says_how(run_tool):
 def long_run(tmp_path: Path, tiny_tokenizer: Path):
     """A run of two workers that is surely not done within the test; ended afterwards if it still is there."""
     line = json.dumps({"text": "some words to be encoded one after another " * 2000}) + "\n"
-    (tmp_path / "my-corpus.json").write_text(line * 2000)
+    (tmp_path / "long-0.json").write_text(line * 2000)
+    for number in range(1, LONG_RUN_FILES):
+        os.link(tmp_path / "long-0.json", tmp_path / f"long-{number}.json")
     process = subprocess.Popen(
-        [sys.executable, str(TOOL), "--input", "my-corpus.json", "--output-prefix", "out",
+        [sys.executable, str(TOOL), "--input", "long-*.json", "--output-prefix", "out",
          "--tokenizer-model", str(tiny_tokenizer), "--workers", "2"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 5)
@@ -201,13 +207,13 @@ def test_a_killed_run_takes_its_workers_along_and_is_resumed(long_run, tiny_toke
     long_run.kill()
     wait_for(lambda: not any(is_alive(worker) for worker in workers), timeout_s=30)
     assert not list(tmp_path.glob("out*"))
-    outcome = run_tool(TOOL, "--input", "my-corpus.json", "--output-prefix", "out", "--tokenizer-model",
+    outcome = run_tool(TOOL, "--input", "long-*.json", "--output-prefix", "out", "--tokenizer-model",
                        tiny_tokenizer, "--workers", "1", "--resume", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert outputs(tmp_path) == [f"out_text_document.{ending}" for ending in ("bin", "idx", "json")]
     written = IndexedTokens(tmp_path / "out_text_document")
-    documents = written.tokens.reshape(2000, -1)  # all of them are the same
-    assert written.n_documents == 2000 and (documents == documents[0]).all()
+    documents = written.tokens.reshape(2000 * LONG_RUN_FILES, -1)  # all of them are the same
+    assert written.n_documents == 2000 * LONG_RUN_FILES and (documents == documents[0]).all()
 
 
 def test_standard_input(tmp_path: Path, preprocess):

@@ -6,7 +6,6 @@ engine's schedule over all of them.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 import numpy as np
@@ -32,8 +31,7 @@ class OneByOne:
         self._chunk, self._count = chunk, count
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self._chunk.no_sync():
-            return step._one_micro_batch(self._chunk, self._count, inputs)
+        return step._one_micro_batch(self._chunk, self._count, inputs)
 
 
 def batches(rank: int) -> list[MicroBatch]:
@@ -46,7 +44,7 @@ def batches(rank: int) -> list[MicroBatch]:
 
 def main(flags: list[str]) -> None:
     config = settle(parse([*SHAPE, *flags]).config, world_size=2)
-    with placed(config) as place, contextlib.ExitStack():
+    with placed(config) as place:
         chunks = build_model(config, 64, place.device)
         step.connect(chunks, build_optimizer(config, chunks))
         totals, gradients = [], []

@@ -12,6 +12,7 @@ import torch
 from megatron.pretrain.checks import settle
 from megatron.pretrain.cli import parse
 from megatron.pretrain.errors import UserError
+from megatron.pretrain.train.greedy import on_one_process
 
 SHAPE = ("--num-layers 2 --hidden-size 64 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16 "
          "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --enable-cuda-graph").split()
@@ -21,13 +22,17 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 @pytest.mark.parametrize("flags, sentence", [
     ("--transformer-impl local", "--transformer-impl local is not recorded here; use fused"),
     ("--pipeline-model-parallel-size 2", "a pipeline's micro-batches are not recorded"),
-    ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-     "a graph does not wait for --overlap-param-gather"),
+    ("--overlap-grad-reduce", "what --overlap-grad-reduce starts from hooks is not recorded"),
     ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
      "--recompute-granularity full is not recorded")])
 def test_what_cannot_be_recorded_is_refused(flags: str, sentence: str) -> None:
     with pytest.raises(UserError, match=f"--enable-cuda-graph: .*{sentence}"):
         settle(parse([*SHAPE, *flags.split()]).config, world_size=2)
+
+
+def test_a_model_that_was_recorded_speaks_without() -> None:
+    config = settle(parse([*SHAPE, "--transformer-impl", "fused", "--bf16"]).config, world_size=1)
+    assert config.train.enable_cuda_graph and not on_one_process(config, None).train.enable_cuda_graph
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -37,8 +42,7 @@ def test_a_machine_without_a_gpu_is_refused(tmp_path: Path, train) -> None:
     assert "--enable-cuda-graph needs CUDA, which this machine lacks; leave it out" in said.output
 
 
-@pytest.mark.parametrize("flags", [(), ("--overlap-grad-reduce",), ("--calculate-per-token-loss",)],
-                         ids=["mean of means", "overlapped", "per token"])
+@pytest.mark.parametrize("flags", [(), ("--calculate-per-token-loss",)], ids=["mean of means", "per token"])
 def test_one_by_one_is_the_schedule(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """The way around the graphs, without graphs: two ranks, three micro-batches, the same gradients."""
     driver = Path(__file__).with_name("drive_one_by_one.py")

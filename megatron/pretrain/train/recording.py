@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -28,15 +27,13 @@ class Recording:
     The first graph to be recorded is that of a step's first micro-batch: what it leaves for the others of its
     step, such as weights in fp8, must lie in the graphs' own memory when those are recorded.
 
-    `micro_batch(inputs)` runs forward and backward on tensors of the device and returns what is reported of it;
-    `apart()` is the context in which gradients stay on this rank. The current stream must be one of the
-    program's own, on which the model was built too: a graph can record neither the default stream nor work that
-    a gradient's hook starts there.
+    `micro_batch(inputs)` runs forward and backward on tensors of the device, reduces nothing, and returns what is
+    reported of it. The current stream must be one of the program's own, on which the model was built too: a graph
+    can record neither the default stream nor work that a gradient's hook starts there.
     """
 
-    def __init__(self, micro_batch: Callable[[Mapping[str, Tensor]], Tensor],
-                 apart: Callable[[], AbstractContextManager], weights: list[Parameter]) -> None:
-        self._micro_batch, self._apart, self._weights = micro_batch, apart, weights
+    def __init__(self, micro_batch: Callable[[Mapping[str, Tensor]], Tensor], weights: list[Parameter]) -> None:
+        self._micro_batch, self._weights = micro_batch, weights
         self._steps = 0
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[str, Tensor] = {}
@@ -47,8 +44,7 @@ class Recording:
         first = not self._weights[0].grad_added_to_main_grad
         self._steps += first
         if self._steps <= EAGER_STEPS:
-            with self._apart():
-                return self._micro_batch({name: _on_gpu(tensor) for name, tensor in inputs.items()})
+            return self._micro_batch({name: _on_gpu(tensor) for name, tensor in inputs.items()})
         if first not in self._graphs:
             self._graphs[first] = self._record(inputs, first)
         graph, report = self._graphs[first]
@@ -66,7 +62,7 @@ class Recording:
         gc.collect()
         # Threads that read data may ask the driver for something meanwhile; it is not for the graph.
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(),
-                              capture_error_mode="thread_local"), self._apart():
+                              capture_error_mode="thread_local"):
             report = self._micro_batch(self._inputs)
         logger.info("recorded a step's %s as a CUDA graph",
                     "first micro-batch" if first else "later micro-batches")

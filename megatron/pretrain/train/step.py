@@ -68,8 +68,7 @@ def accumulate(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_o
 def record(chunk: DistributedDataParallel, micro_batches: int) -> None:
     """Let `accumulate` run a model's micro-batches, so many a step, as CUDA graphs once they are recorded."""
     model = unwrap_model(chunk)
-    model.recording = Recording(partial(_one_micro_batch, chunk, micro_batches), chunk.no_sync,
-                                model.accumulated_weights())
+    model.recording = Recording(partial(_one_micro_batch, chunk, micro_batches), model.accumulated_weights())
 
 
 def end_step(chunks: Chunks) -> None:
@@ -95,6 +94,7 @@ def take(loader: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
 
 def _scheduled(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> list[Tensor]:
     """Micro-batches by the engine's schedule; a report of each."""
+    _meet_peers()
     size, length = micro_batches[0].tokens.shape
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step, data_iterator=_iterators(chunks, micro_batches), model=chunks,
@@ -104,14 +104,9 @@ def _scheduled(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_o
 
 def _replayed(chunk: DistributedDataParallel, recording: Recording,
               micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """`_scheduled` by a recording. With --overlap-grad-reduce the last one is not: its hooks start the reduction."""
+    """`_scheduled` by a recording."""
     engine = get_model_config(chunk)
-    # Set for as long as a step's gradients are reduced while they arrive.
-    last_is_apart = engine.no_sync_func is not None
-    reports = [recording.run(_tensors(batch)) for batch in (micro_batches[:-1] if last_is_apart else micro_batches)]
-    if last_is_apart:
-        device = torch.device(torch.cuda.current_device())
-        reports.append(_one_micro_batch(chunk, len(micro_batches), _on_device(micro_batches[-1], device)))
+    reports = [recording.run(_tensors(batch)) for batch in micro_batches]
     if engine.finalize_model_grads_func is not None:
         tokens = sum(report[1] for report in reports).to(torch.int) if engine.calculate_per_token_loss else None
         engine.finalize_model_grads_func([chunk], tokens)
@@ -120,20 +115,23 @@ def _replayed(chunk: DistributedDataParallel, recording: Recording,
 
 def _one_micro_batch(chunk: DistributedDataParallel, micro_batches: int, inputs: Mapping[str, Tensor]) -> Tensor:
     """Forward and backward of one of a step's micro-batches by the engine's schedule; nothing is finished."""
+    _meet_peers()
     engine = get_model_config(chunk)
-    if (peers := peer_memory(parallel_state.get_tensor_model_parallel_group())) is not None:
-        peers.meet()
     size, length = inputs["tokens"].shape
-    settings = engine.finalize_model_grads_func, engine.no_sync_func
-    # Left by the schedule, the context of no_sync_func would end the caller's.
-    engine.finalize_model_grads_func = engine.no_sync_func = None
+    finish, engine.finalize_model_grads_func = engine.finalize_model_grads_func, None
     try:
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, share=1 / micro_batches), data_iterator=iter([inputs]),
             model=[chunk], num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False)
     finally:
-        engine.finalize_model_grads_func, engine.no_sync_func = settings
+        engine.finalize_model_grads_func = finish
     return reports[0]["loss"]
+
+
+def _meet_peers() -> None:
+    """Before tensor-parallel ranks do what they did at another time, in another order, or as a graph."""
+    if (peers := peer_memory(parallel_state.get_tensor_model_parallel_group())) is not None:
+        peers.meet()
 
 
 def _iterators(chunks: Chunks, micro_batches: Sequence[MicroBatch]) -> Any:

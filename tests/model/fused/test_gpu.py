@@ -98,6 +98,30 @@ def test_gate(tokens: int, hidden: int, inner: int) -> None:
     assert up.grad_added_to_main_grad
 
 
+@pytest.mark.parametrize("tokens, inner, outer", [(64, 128, 256), (1024, 3072, 4096)])
+def test_a_first_gradient_replaces_what_is_there(tokens: int, inner: int, outer: int) -> None:
+    """Whatever stood in the accumulator, NaN too; the second adds. By every product that writes there."""
+    from megatron.pretrain.model.fused import fp8_products
+    from megatron.pretrain.model.fused.products import weight_gradient
+    from megatron.pretrain.model.fused.quantize import E4M3, E5M2, Source
+    from megatron.pretrain.model.fused.scaling import CurrentScaling
+
+    inputs, gradient = random(tokens, inner), random(tokens, outer)
+    exact = gradient.double().T @ inputs.double()
+    alternating = torch.stack(gradient.chunk(2, -1), -1).flatten(-2)
+    casts = CurrentScaling(E5M2).quantize(Source(gradient)), CurrentScaling(E4M3).quantize(Source(inputs))
+    for name, bound, deliver in (
+            ("cuBLAS", BOUND, lambda weight: weight_gradient(weight, gradient, inputs)),
+            ("quack", BOUND, lambda weight: QuackGate().weight_gradient(weight, alternating, inputs)),
+            ("fp8", 0.07, lambda weight: fp8_products.weight_gradient(weight, *casts))):
+        weight = parameter(outer, inner)
+        weight.main_grad.fill_(float("nan"))
+        weight.main_grad_is_not_zeroed = True
+        for times in (1, 2):
+            deliver(weight)
+            assert error(weight.main_grad, times * exact) < bound, (name, times)
+
+
 def test_gate_orders_its_halves_as_torch_does() -> None:
     """Weights trained by one implementation mean the same to the other."""
     up, x = parameter(512, 128), random(64, 128)

@@ -1,4 +1,6 @@
-"""Collectives through peers' memory are those of NCCL (`pytest -m gpu`, on a machine of two GPUs or more)."""
+"""Products that are cut by ranks, on two CPU processes; and on a machine of two GPUs or more (`pytest -m gpu`) that
+collectives through peers' memory are those of NCCL.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,17 @@ def test_peers_are_nccl() -> None:
                           str(DRIVER)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     assert ran.returncode == 0, ran.stdout[-4000:]
     assert "gather: equal, scatter_sum: equal" in ran.stdout
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
+    ("--bf16", "--fp8", "--fp8-recipe", "tensorwise")], ids=["fp32", "recomputed", "fp8"])
+def test_products_that_are_cut_are_those_that_are_not(flags: tuple[str, ...]) -> None:
+    driver = DRIVER.with_name("drive_peer_products.py")
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          str(driver), *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert "cut products: equal" in ran.stdout
 
 
 def test_peers_are_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,8 @@ class Linear(torch.autograd.Function):
 
 
 def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [s, b, n] = rows [s, b, k] @ weight [k, n]."""
-    torch.mm(rows.flatten(0, 1), weight, out=out.flatten(0, 1))
+    """out [s, b, n], contiguous, = rows [s, b, k] @ weight [k, n]."""
+    torch.mm(rows.flatten(0, 1), weight, out=out.view(-1, out.size(-1)))
 
 
 def linear(*, input: Tensor, weight: Parameter, allreduce_dgrad: bool, sequence_parallel: bool,  # noqa: A002
@@ -103,7 +103,7 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        d_inputs = torch.empty_like(inputs)
+        d_inputs = inputs.new_empty(inputs.shape)  # not empty_like: attention may have left other strides
         whole = comm.gather_into(gradient, ctx.group if ctx.sequence_parallel else None,
                                  lambda rows, place: product(rows, weight, d_inputs[place]))
         d_weight = weight_gradient(weight, whole.flatten(0, 1), inputs.flatten(0, 1))
@@ -114,8 +114,8 @@ def project(inputs: Tensor, weight: Parameter, residual: Tensor, group: dist.Pro
             sequence_parallel: bool, add_product: AddProduct) -> Tensor:
     """residual + inputs @ weight^T, summed over the group's ranks: a row-parallel layer outside autograd."""
     if group is None:
-        out = torch.empty_like(residual)
-        add_product(inputs.flatten(0, 1), weight, residual.flatten(0, 1), out.flatten(0, 1))
+        out = residual.new_empty(residual.shape)
+        add_product(inputs.flatten(0, 1), weight, residual.flatten(0, 1), out.view(-1, out.size(-1)))
         return out
     summed = comm.summed(lambda place, out: product(inputs[place], weight.t(), out),
                          (*inputs.shape[:2], weight.size(0)), inputs, group, sequence_parallel)

@@ -29,7 +29,7 @@ class PeerMemory:
 
     A rank may write a half again when all have read what it held. It has passed the barrier of the collective
     between, and a rank reaches that only after it has waited for its reads of the one before: so no collective
-    may be started before the last but one was waited for.
+    may be started before the last one was waited for.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -131,12 +131,16 @@ def connect(group: dist.ProcessGroup) -> None:
     if not _see_each_other(dist.get_process_group_ranks(group)):
         logger.info("tensor parallelism: NCCL, because its %d GPUs do not see each other's memory", group.size())
         return
-    peers = PeerMemory(group)
+    peers, failure = PeerMemory(group), None
     try:
         peers.reserve(FIRST_HALF_BYTES)
     except RuntimeError as error:
-        raise UserError(f"tensor parallelism: GPUs could not map each other's memory ({error}); "
-                        "--disable-tp-comm-overlap does without") from error
+        failure = error
+    failed = torch.tensor(int(failure is not None), device=torch.cuda.current_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if failed.item():
+        raise UserError(f"tensor parallelism: GPUs could not map each other's memory "
+                        f"({failure or 'on another rank'}); --disable-tp-comm-overlap does without")
     _connected[group] = peers
     logger.info("tensor parallelism: %d GPUs fetch from each other's memory while they compute", group.size())
 
