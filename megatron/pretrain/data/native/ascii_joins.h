@@ -2,11 +2,7 @@
 #pragma once
 
 #include "vocabulary.h"
-
-#if defined(__x86_64__)
-#define NEO_HAS_WIDE_JOINS
-#include <immintrin.h>
-#endif
+#include "wide.h"
 
 namespace neo {
 
@@ -30,17 +26,13 @@ inline AsciiJoins plain_ascii_joins(const Vocabulary& vocabulary, const Byte* at
   return joins;
 }
 
-#ifdef NEO_HAS_WIDE_JOINS
-#define NEO_AVX2 __attribute__((target("avx2")))
-
-inline const bool kHasAvx2 = __builtin_cpu_supports("avx2");
-
-NEO_AVX2 inline __m256i eight_bytes(const Byte* at) {
+#ifdef NEO_HAS_WIDE
+NEO_WIDE inline __m256i eight_bytes(const Byte* at) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
 }
 
 // The same of 64 characters, eight at once.
-NEO_AVX2 inline AsciiJoins wide_ascii_joins(const Vocabulary& vocabulary, const Byte* at) {
+NEO_WIDE inline AsciiJoins wide_ascii_joins(const Vocabulary& vocabulary, const Byte* at) {
   const int* table = reinterpret_cast<const int*>(vocabulary.ascii_joins_table());
   AsciiJoins joins;
   for (int i = 0; i < 64; i += 8) {
@@ -61,8 +53,8 @@ NEO_AVX2 inline AsciiJoins wide_ascii_joins(const Vocabulary& vocabulary, const 
 
 // `at[-2]` to `at[63]` are ASCII and may be read; bits from `size` on have no meaning.
 inline AsciiJoins ascii_joins(const Vocabulary& vocabulary, const Byte* at, size_t size) {
-#ifdef NEO_HAS_WIDE_JOINS
-  if (kHasAvx2) return wide_ascii_joins(vocabulary, at);
+#ifdef NEO_HAS_WIDE
+  if (kHasWide) return wide_ascii_joins(vocabulary, at);
 #endif
   return plain_ascii_joins(vocabulary, at, size);
 }

@@ -4,6 +4,8 @@
 #include <string_view>
 #include <utility>
 
+#include "wide_utf8.h"
+
 #ifdef __SSE2__  // which every x86-64 has
 #include <emmintrin.h>
 #endif
@@ -70,7 +72,7 @@ bool JsonLine::read(const Byte* at, const Byte* end, const Byte*& next) {
   if (at_ < end_ && *at_ != '\n') return false;
   if (std::find(found_.begin(), found_.end(), false) != found_.end()) return false;
   // Outside of strings JSON is ASCII, so that the line is to be checked only if its strings are not.
-  if ((string_bits_ & kHighs) && !is_utf8(at, at_)) return false;
+  if ((string_bits_ & kHighs) && !is_utf8_fast(at, at_)) return false;
   next = at_ < end_ ? at_ + 1 : end_;
   return true;
 }

@@ -21,7 +21,7 @@
 #include <cstring>
 
 #include "ascii_joins.h"
-#include "vocabulary.h"
+#include "row.h"
 
 namespace neo {
 
@@ -30,33 +30,58 @@ class Splitter {
   explicit Splitter(const Vocabulary& vocabulary) : vocabulary_(vocabulary) {}
 
   // Calls take(start, size) for each unit of the text in turn. A unit's first byte never lies inside a
-  // character, for boundaries are marked at first bytes alone.
+  // character, for boundaries are marked at first bytes alone. `kReadAhead` bytes after the text must be
+  // readable.
   template <class Take>
   void split(const Byte* text, size_t size, const Take& take) const {
+    split(text, size, take, [](const Row&, const Byte* unit) { return unit; });
+  }
+
+  // The same, but a row, of blocks that are not all ASCII, is offered to take_row(row, unit) first, where
+  // `unit` is where the unit begins that is not yet taken. It returns where the first begins that it left,
+  // which is `unit` or where one of the row's units begins.
+  template <class Take, class TakeRow>
+  void split(const Byte* text, size_t size, const Take& take, const TakeRow& take_row) const {
     if (size == 0) return;
-    size_t unit = 0;
-    for (size_t block = 0; block < size; block += kBlock) {
-      uint64_t boundaries = boundaries_of(text, block, std::min(size - block, kBlock), size);
-      for (; boundaries; boundaries &= boundaries - 1) {
-        const size_t at = block + static_cast<size_t>(__builtin_ctzll(boundaries));
-        take(text + unit, at - unit);
-        unit = at;
+    const Byte* unit = text;
+    const auto take_to = [&](const Byte* next) {
+      take(unit, static_cast<size_t>(next - unit));
+      unit = next;
+    };
+    for (size_t block = 0; block < size;) {
+      const Byte* const at = text + block;
+      const size_t block_size = std::min(size - block, kBlock);
+      const size_t before = block ? 2 : 0, after = block + block_size < size;
+      if (is_ascii(at - before, before + block_size + after)) {
+        uint64_t boundaries = ascii_boundaries(at, block_size, before, after);
+        if (!block) boundaries &= ~1ull;
+        for (; boundaries; boundaries &= boundaries - 1) take_to(at + __builtin_ctzll(boundaries));
+        block += block_size;
+      } else {
+        block += split_row(text, block, size, unit, take, take_row);
       }
     }
-    take(text + unit, size - unit);
+    take_to(text + size);
   }
 
  private:
-  static constexpr size_t kBlock = 64;
+  static constexpr size_t kBlock = Row::kBytes;
 
-  // Bit i: a unit begins at block + i. Never set for the text's first byte.
-  uint64_t boundaries_of(const Byte* text, size_t block, size_t size, size_t text_size) const {
-    const size_t before = block ? 2 : 0, after = block + size < text_size;
-    const Byte* const at = text + block;
-    uint64_t found = is_ascii(at - before, before + size + after)
-                         ? ascii_boundaries(at, size, before, after)
-                         : other_boundaries(at, size, text);
-    return block ? found : found & ~1ull;
+  // Takes the units that end in a row at text[block]; returns how many bytes the row has.
+  template <class Take, class TakeRow>
+  __attribute__((noinline)) size_t split_row(const Byte* text, size_t block, size_t size, const Byte*& unit,
+                                             const Take& take, const TakeRow& take_row) const {
+    Row row;
+    read_row(vocabulary_, text + block, size - block, block == 0, row);
+    if (row.count == 0) return row.size;
+    unit = take_row(row, unit);
+    for (uint64_t left = ~row.joined & ~0ull >> (64 - row.count); left; left &= left - 1) {
+      const Byte* const next = row.start(1 + static_cast<size_t>(__builtin_ctzll(left)));
+      if (next <= unit) continue;
+      take(unit, static_cast<size_t>(next - unit));
+      unit = next;
+    }
+    return row.size;
   }
 
   static bool is_ascii(const Byte* at, size_t size) {
@@ -79,37 +104,6 @@ class Splitter {
     }
     const uint64_t joined = pairs | triples | triples >> 1 | next << (size - 1);
     return ~joined & ~0ull >> (kBlock - size);
-  }
-
-  // In two passes, so that the look-ups of many characters are under way at once.
-  uint64_t other_boundaries(const Byte* at, size_t size, const Byte* text) const {
-    Symbol symbols[kBlock + 1];
-    Byte starts[kBlock];
-    symbols[0] = at == text ? kNoSymbol : symbol_before(at);
-    size_t count = 0;
-    size_t i = 0;
-    while (i < size && (at[i] & 0xC0) == 0x80) ++i;
-    while (i < size) {
-      starts[count] = static_cast<Byte>(i);
-      const Character character = read_character(at + i);
-      symbols[++count] = vocabulary_.symbol_of(character.code_point);
-      i += character.size;
-    }
-    uint64_t found = 0;
-    for (size_t k = 0; k < count; ++k) {
-      const bool joins = (symbols[k] != kNoSymbol) & (symbols[k + 1] != kNoSymbol) &
-                         vocabulary_.may_join(symbols[k], symbols[k + 1]);
-      found |= static_cast<uint64_t>(!joins) << starts[k];
-    }
-    return found;
-  }
-
-  // Of the character that ends before `at`, or, where `at` lies inside a character, of that one: its
-  // boundary, if any, was marked in the block where it begins.
-  Symbol symbol_before(const Byte* at) const {
-    do --at;
-    while ((*at & 0xC0) == 0x80);
-    return vocabulary_.symbol_of(decode(at));
   }
 
   const Vocabulary& vocabulary_;

@@ -7,9 +7,9 @@
 
 namespace neo {
 
-// Units are read in whole words: so many bytes past the end of a text must be readable. What they hold
-// does not matter.
-constexpr size_t kReadAhead = 16;
+// Units are read in whole words, text in blocks of 64 bytes and four bytes from the end of one: so many bytes
+// past the end of a text must be readable. What they hold does not matter.
+constexpr size_t kReadAhead = 80;
 
 // Where byte i of memory lies in a word.
 constexpr int byte_shift(size_t i) {

@@ -114,6 +114,7 @@ class Vocabulary::Builder {
     for (Symbol id = 0; id < to_.pieces_; ++id)
       if (is_spelled_[id]) add_piece(id);
     fill_merge_table();
+    fill_pair_table();
     slot_of_character(' ') = to_.symbol_of(kSpaceMark);
     for (Byte byte = 0; byte < 128; ++byte)
       to_.ascii_ids_[byte] = to_.is_piece(to_.symbol_of(byte)) ? to_.symbol_of(byte) : kNoSymbol;
@@ -142,6 +143,7 @@ class Vocabulary::Builder {
   }
 
   Symbol& slot_of_character(uint32_t code_point) {
+    if (code_point < kBasic) return to_.basic_[code_point];
     uint16_t& page = to_.page_of_[code_point >> kPageBits];
     if (page == 0) {
       page = static_cast<uint16_t>(to_.pages_.size() >> kPageBits);
@@ -184,6 +186,7 @@ class Vocabulary::Builder {
       const uint64_t after = whole - before * power(text.size() - cut);
       const Symbol right = i == n - 1 ? characters_[n - 1].symbol : spelled(text.substr(cut), after);
       if (right != kNoSymbol) merges_.push_back(pair_key(left, right) << kMergedBits | id);
+      if (right != kNoSymbol && n == 2) pairs_.push_back(merges_.back());
     }
   }
 
@@ -236,11 +239,23 @@ class Vocabulary::Builder {
     }
   }
 
+  void fill_pair_table() {
+    const size_t slots = power_of_two_from(2 * pairs_.size() + 1);
+    to_.pair_mask_ = slots - 1;
+    to_.pairs_.assign(slots, kEmptySlot);
+    for (const uint64_t pair : pairs_) {
+      const uint64_t key = pair >> kMergedBits;
+      size_t slot = to_.pair_slot(static_cast<Symbol>(key >> kSymbolBits), key & kNoSymbol);
+      while (to_.pairs_[slot] != kEmptySlot) slot = (slot + 1) & to_.pair_mask_;
+      to_.pairs_[slot] = pair;
+    }
+  }
+
   Vocabulary& to_;
   const std::vector<Piece>& pieces_;
   PieceIndex index_;
   std::vector<bool> is_spelled_;
-  std::vector<uint64_t> merges_;
+  std::vector<uint64_t> merges_, pairs_;
   std::vector<Character> characters_;
   std::vector<uint64_t> powers_{1};
 };

@@ -43,8 +43,27 @@ class Filter {
   std::vector<uint64_t> words_ = std::vector<uint64_t>(kMask + 1);
 };
 
+// The same for pairs of characters, made for being asked eight at once: by a hash's upper bits a word, and a
+// bit of it, counted from its top. 64 KiB, which stays near the core; of pairs that it lacks, one in 25
+// seems to be there.
+class JoinFilter {
+ public:
+  static constexpr int kWordShift = 18, kBitShift = 13;
+
+  void add(uint32_t hash) { words_[hash >> kWordShift] |= 0x80000000u >> (hash >> kBitShift & 31); }
+  bool may_have(uint32_t hash) const {
+    return words_[hash >> kWordShift] << (hash >> kBitShift & 31) >> 31;
+  }
+  const uint32_t* words() const { return words_.data(); }
+
+ private:
+  std::vector<uint32_t> words_ = std::vector<uint32_t>(size_t{1} << (32 - kWordShift));
+};
+
 class Vocabulary {
  public:
+  static constexpr uint32_t kLeftFactor = 0x9E3779B1, kRightFactor = 0x85EBCA77;
+
   explicit Vocabulary(const Model& model);
 
   bool add_dummy_prefix() const { return add_dummy_prefix_; }
@@ -52,8 +71,13 @@ class Vocabulary {
 
   // A space counts as the space mark: the text that SentencePiece merges has no space left in it.
   Symbol symbol_of(uint32_t code_point) const {
+    if (code_point < kBasic) return basic_[code_point];
     return pages_[page_of_[code_point >> kPageBits] << kPageBits | (code_point & kPageMask)];
   }
+  // Of the characters below 65,536.
+  const Symbol* symbols() const { return basic_.data(); }
+  const JoinFilter& join_filter() const { return join_filter_; }
+  Symbol pieces() const { return pieces_; }
   bool is_piece(Symbol symbol) const { return symbol < pieces_; }
   // Of an ASCII character that is one id where it stands alone; else kNoSymbol.
   Symbol ascii_id(Byte byte) const { return ascii_ids_[byte]; }
@@ -71,6 +95,22 @@ class Vocabulary {
     }
   }
 
+  // What a merge makes that makes this; never, where it is kNoSymbol.
+  Merge merge_to(uint64_t symbol) const {
+    return symbol == kNoSymbol ? Merge{} : Merge{ranks_[symbol], static_cast<Symbol>(symbol)};
+  }
+  // The piece that is two characters' text; kNoSymbol where there is none. Of the merges these are few, so
+  // that their table is near the core. Two slots are looked at together: it is a branch less.
+  Symbol pair(Symbol left, Symbol right) const {
+    const uint64_t key = pair_key(left, right);
+    for (size_t slot = pair_slot(left, right);; slot += 2) {
+      const uint64_t one = pairs_[slot & pair_mask_], other = pairs_[(slot + 1) & pair_mask_];
+      const uint64_t found = one >> kMergedBits == key ? one : other;
+      if (found >> kMergedBits == key) return static_cast<Symbol>(found & kMergedMask);
+      if (one == kEmptySlot || other == kEmptySlot) return kNoSymbol;
+    }
+  }
+
   // False only where the characters stand side by side in no piece. (True may be a chance match of the
   // filter; that costs time, not exactness.) Neither may be kNoSymbol.
   bool may_join(Symbol left, Symbol right) const { return join_filter_.may_have(join_hash(left, right)); }
@@ -82,6 +122,7 @@ class Vocabulary {
  private:
   class Builder;
 
+  static constexpr uint32_t kBasic = 0x10000;
   static constexpr int kPageBits = 8;
   static constexpr uint32_t kPageMask = (1u << kPageBits) - 1;
   static constexpr uint32_t kPages = 0x110000 >> kPageBits;
@@ -95,12 +136,14 @@ class Vocabulary {
   }
   static uint64_t hash_of(uint64_t key) { return mix(key ^ 0xA0761D6478BD642Full, 0xE7037ED1A0B428DBull); }
   // Made for each character of a text: less thorough, and faster.
-  static uint64_t join_hash(Symbol left, Symbol right) {
-    return (left * 0x9E3779B97F4A7C15ull + right * 0xC2B2AE3D27D4EB4Full) >> 40;
+  static uint32_t join_hash(Symbol left, Symbol right) { return left * kLeftFactor + right * kRightFactor; }
+  size_t pair_slot(Symbol left, Symbol right) const {
+    return (left * 0x9E3779B97F4A7C15ull + right * 0xC2B2AE3D27D4EB4Full) >> 40 & pair_mask_;
   }
-  Merge merge_to(uint64_t symbol) const { return {ranks_[symbol], static_cast<Symbol>(symbol)}; }
 
-  // Of all characters, by pages of 256; pages without a character in a piece are one.
+  // Of the characters below 65,536, so that one look-up is enough for almost every text.
+  std::vector<Symbol> basic_ = std::vector<Symbol>(kBasic, kNoSymbol);
+  // Of the others, by pages of 256; pages without a character in a piece are one.
   std::vector<Symbol> pages_;
   std::array<uint16_t, kPages> page_of_{};
   std::vector<uint32_t> extra_characters_;
@@ -108,7 +151,10 @@ class Vocabulary {
   std::vector<int32_t> ranks_;
   std::vector<uint64_t> merges_;
   size_t merge_mask_ = 0;
-  Filter merge_filter_, join_filter_;
+  std::vector<uint64_t> pairs_;
+  size_t pair_mask_ = 0;
+  Filter merge_filter_;
+  JoinFilter join_filter_;
   std::vector<uint32_t> ascii_joins_ = std::vector<uint32_t>((1 << 21) / 16);
   std::array<Symbol, 128> ascii_ids_{};
   Symbol pieces_ = 0;
