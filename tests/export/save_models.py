@@ -1,7 +1,7 @@
 """Save small models as a run does, each with what it computes: checkpoints for the tests beside this file.
 
     python save_models.py OUTPUT TOKENIZER NAME...                                one process
-    torchrun --nproc_per_node 4 save_models.py OUTPUT TOKENIZER tp2_pp2 tp4 interleaved
+    torchrun --nproc_per_node 4 save_models.py OUTPUT TOKENIZER tp2_pp2           one of a layout's
 
 NAME is a key of MODELS. OUTPUT/NAME/iter_0000100 is the checkpoint, OUTPUT/NAME/expected.pt the logits of
 PROMPT and the tokens that follow it greedily. A model with `from` takes that one's weights into its layout,
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,11 +48,7 @@ SHAPE = ("--hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 --seq-
 
 def main() -> None:
     output, tokenizer, *names = sys.argv[1:]
-    for number, name in enumerate(names, 1):
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Ranks meet anew for each layout, where no earlier meeting has left its keys.
-            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False",
-                           "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
+    for name in names:
         save(Path(output), Path(tokenizer), name)
 
 
