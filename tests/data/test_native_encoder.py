@@ -8,6 +8,7 @@ import pickle
 import pydoc_data.topics
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,33 @@ def test_ids_are_those_of_sentencepiece(settings: dict, train):
     for again in range(2):  # the second time from the caches
         for text, ours, theirs in zip(drawn, encode(encoder, drawn), library.encode(drawn), strict=True):
             assert ours == theirs, repr(text)
+
+
+def test_scores_that_do_not_follow_the_ids_and_equal_ones(train, tmp_path: Path):
+    model = tmp_path / "scrambled.model"
+    model.write_bytes(with_scores(train(NEO).read_bytes(), lambda number: -float(number * 7919 % 101)))
+    texts = Texts(model, seed=3)
+    encoder = NativeEncoder(tokenizer_of(model), ("text",), append_eod=False)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    drawn = [texts.draw() for _ in range(4000)]
+    assert encode(encoder, drawn) == library.encode(drawn)
+
+
+def with_scores(model: bytes, score_of: Callable[[int], float]) -> bytes:
+    """The model with another score for each piece that may be merged to; the pieces are what it begins with.
+
+    A piece is a message: tag and size; of its text tag, size and bytes; tag and score; of other kinds more.
+    """
+    changed, at, number = bytearray(model), 0, 0
+    while model[at] == 0x0A:
+        assert model[at + 1] < 0x80 and model[at + 2] == 0x0A
+        score, end = at + 4 + model[at + 3], at + 2 + model[at + 1]
+        assert model[score] == 0x15
+        if score + 5 == end:
+            changed[score + 1:end] = struct.pack("<f", score_of(number))
+        at, number = end, number + 1
+    assert number == sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    return bytes(changed)
 
 
 def test_the_tokenizer_that_ships_is_covered_and_exact(repository: Path):

@@ -1,6 +1,6 @@
 """JSON lines to token sets: PREFIX_KEY_document for each key, the same bytes for any number of workers.
 
-Memory stays bounded whatever the input, below 200 MB a worker: it holds a few chunks of 1 MB and what it
+Memory stays bounded whatever the input, below 200 MB a worker: it holds a few chunks of 2 MB and what it
 makes of them, and writes that itself where the parent tells it to. Nothing grows with the number of
 documents. A line that is longer than a chunk is one, and takes about ten times its length.
 """
@@ -27,7 +27,7 @@ from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
 from megatron.pretrain.tokenizer_config import TokenizerConfig
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 """Enough to hide the cost of handing a chunk over, little enough to keep every worker busy to the end."""
 
 

@@ -10,7 +10,7 @@ from megatron.pretrain.data.encoded import EncodedTexts
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer
 
-CHUNKS_BETWEEN_SAMPLES = 16
+CHUNKS_BETWEEN_SAMPLES = 8
 EXCERPT_CHARACTERS = 1 << 12
 """Of a longer document so much is compared, which keeps the check under two hundredths of the work."""
 

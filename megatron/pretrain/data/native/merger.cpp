@@ -21,14 +21,13 @@ void Merger::read_symbols(const Byte* text, size_t size) {
 }
 
 // The merges lie in an array beside the symbols, so that the first of the smallest ranks is the pair that
-// SentencePiece's queue would give. A merge changes what its two neighbours can become and nothing else.
+// SentencePiece's queue would give. A merge changes what its two neighbours can become and nothing else; the
+// tables' memory is fetched for both while the arrays close up.
 void Merger::merge_short() {
   size_t last = symbols_.size() - 1;  // has no right neighbour
   Symbol* symbols = symbols_.data();
-  const auto rate = [&](size_t left) {
-    merges_[left] = vocabulary_.merge_of(symbols[left], symbols[left + 1]);
-  };
-  for (size_t i = 0; i < last; ++i) rate(i);
+  for (size_t i = 0; i < last; ++i)
+    merges_[i] = vocabulary_.merge_to(vocabulary_.pair(symbols[i], symbols[i + 1]));
   for (;;) {
     size_t best = 0;
     int32_t rank = Merge::kNever;
@@ -38,14 +37,18 @@ void Merger::merge_short() {
       rank = is_better ? merges_[i].rank : rank;
     }
     if (rank == Merge::kNever) break;
-    symbols[best] = merges_[best].symbol;
+    const Symbol merged = merges_[best].symbol;
+    symbols[best] = merged;
+    const bool has_left = best > 0, has_right = best + 1 < last;
+    const auto left = has_left ? vocabulary_.look_ahead(symbols[best - 1], merged) : Vocabulary::Pair{};
+    const auto right = has_right ? vocabulary_.look_ahead(merged, symbols[best + 2]) : Vocabulary::Pair{};
     for (size_t i = best + 1; i < last; ++i) {
       symbols[i] = symbols[i + 1];
       merges_[i] = merges_[i + 1];
     }
     --last;
-    if (best < last) rate(best);
-    if (best > 0) rate(best - 1);
+    if (has_left) merges_[best - 1] = vocabulary_.merge_of(left);
+    if (has_right) merges_[best] = vocabulary_.merge_of(right);
   }
   symbols_.resize(last + 1);
 }

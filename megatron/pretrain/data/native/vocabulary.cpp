@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <string>
 
 namespace neo {
@@ -22,6 +23,17 @@ int byte_of(std::string_view text) {
   if (text.size() != 6 || text.substr(0, 3) != "<0x" || text[5] != '>') return -1;
   const size_t high = digits.find(text[3]), low = digits.find(text[4]);
   return high == digits.npos || low == digits.npos ? -1 : static_cast<int>(high << 4 | low);
+}
+
+// Whether of two pieces that merging may make, the one with the smaller id always has the greater score.
+bool fall_with_ids(const std::vector<Piece>& pieces) {
+  float last = std::numeric_limits<float>::infinity();
+  for (const Piece& piece : pieces) {
+    if (piece.type != PieceType::kNormal) continue;
+    if (!(piece.score < last)) return false;
+    last = piece.score;
+  }
+  return true;
 }
 
 // Of each piece that merging may make: the scores in falling order, equal scores one rank.
@@ -109,6 +121,7 @@ class Vocabulary::Builder {
     to_.pieces_ = static_cast<Symbol>(pieces_.size());
     add_page();  // of all characters that stand in no piece
     to_.ranks_ = rank_scores(pieces_);
+    to_.ids_are_ranks_ = fall_with_ids(pieces_);
     index_bytes();
     for (Symbol id = 0; id < to_.pieces_; ++id) is_spelled_.push_back(can_be_spelled(pieces_[id]));
     for (Symbol id = 0; id < to_.pieces_; ++id)

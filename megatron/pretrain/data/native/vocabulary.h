@@ -36,6 +36,7 @@ struct Merge {
 class Filter {
  public:
   void add(uint64_t hash) { words_[hash >> 6 & kMask] |= 1ull << (hash & 63); }
+  void prefetch(uint64_t hash) const { __builtin_prefetch(&words_[hash >> 6 & kMask]); }
   bool may_have(uint64_t hash) const { return words_[hash >> 6 & kMask] >> (hash & 63) & 1; }
 
  private:
@@ -85,19 +86,33 @@ class Vocabulary {
   uint32_t character_of(Symbol symbol) const { return extra_characters_[symbol - pieces_]; }
   uint32_t byte_id(Byte byte) const { return byte_ids_[byte]; }
 
-  Merge merge_of(Symbol left, Symbol right) const {
+  // Two symbols side by side whose merge will be asked for. Both tables are larger than the nearest cache, and
+  // to wait for one after the other would be most of the time of merging.
+  struct Pair {
+    uint64_t key = 0, hash = 0;
+  };
+  Pair look_ahead(Symbol left, Symbol right) const {
     const uint64_t key = pair_key(left, right);
     const uint64_t hash = hash_of(key);
-    if (!merge_filter_.may_have(hash)) return Merge{};
-    for (size_t slot = hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
-      if (merges_[slot] >> kMergedBits == key) return merge_to(merges_[slot] & kMergedMask);
+    merge_filter_.prefetch(hash);
+    __builtin_prefetch(&merges_[hash >> 24 & merge_mask_]);
+    return {key, hash};
+  }
+  Merge merge_of(const Pair& pair) const {
+    if (!merge_filter_.may_have(pair.hash)) return Merge{};
+    for (size_t slot = pair.hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
+      if (merges_[slot] >> kMergedBits == pair.key) return merge_to(merges_[slot] & kMergedMask);
       if (merges_[slot] == kEmptySlot) return Merge{};
     }
+  }
+  Merge merge_of(Symbol left, Symbol right) const {
+    const uint64_t key = pair_key(left, right);
+    return merge_of(Pair{key, hash_of(key)});
   }
 
   // What a merge makes that makes this; never, where it is kNoSymbol.
   Merge merge_to(uint64_t symbol) const {
-    return symbol == kNoSymbol ? Merge{} : Merge{ranks_[symbol], static_cast<Symbol>(symbol)};
+    return symbol == kNoSymbol ? Merge{} : Merge{rank_of(symbol), static_cast<Symbol>(symbol)};
   }
   // The piece that is two characters' text; kNoSymbol where there is none. Of the merges these are few, so
   // that their table is near the core. Two slots are looked at together: it is a branch less.
@@ -131,6 +146,10 @@ class Vocabulary {
   static constexpr uint64_t kMergedMask = (1ull << kMergedBits) - 1;
   static constexpr uint64_t kEmptySlot = ~0ull;
 
+  // In most models ids follow the scores, and nothing need be fetched.
+  int32_t rank_of(uint64_t piece) const {
+    return ids_are_ranks_ ? static_cast<int32_t>(piece) : ranks_[piece];
+  }
   static uint64_t pair_key(Symbol left, Symbol right) {
     return static_cast<uint64_t>(left) << kSymbolBits | right;
   }
@@ -149,6 +168,7 @@ class Vocabulary {
   std::vector<uint32_t> extra_characters_;
   std::array<uint32_t, 256> byte_ids_{};
   std::vector<int32_t> ranks_;
+  bool ids_are_ranks_ = false;
   std::vector<uint64_t> merges_;
   size_t merge_mask_ = 0;
   std::vector<uint64_t> pairs_;
