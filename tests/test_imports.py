@@ -23,9 +23,9 @@ FLOORS = (
     {"main"},
 )
 
-LIGHT_MODULES = ("errors", "config", "checks", "cli", "plan", "tokenizer", "data.indexed", "data.preprocess",
-                 "data.mixture", "export.batch", "export.jobs", "export.to_megatron", "model.flops",
-                 "optim.schedule")
+LIGHT_MODULES = ("errors", "config", "checks", "cli", "plan", "tokenizer", "data.blend", "data.indexed",
+                 "data.mixture", "data.mixture_env", "data.preprocess", "export.batch", "export.jobs",
+                 "export.to_megatron", "model.flops", "optim.schedule")
 
 
 def module_files() -> dict[str, Path]:

@@ -12,7 +12,8 @@ try:
     from megatron.pretrain.config import TokenizerConfig
     from megatron.pretrain.data.flags import FlagParser
     from megatron.pretrain.data.indexed import dataset_prefix
-    from megatron.pretrain.data.mixture import parse_blend, read_mixture_env
+    from megatron.pretrain.data.blend import parse_blend
+    from megatron.pretrain.data.mixture_env import read_mixture_env
     from megatron.pretrain.data.progress import ByteProgress
     from megatron.pretrain.data.verify import Verified, verify
     from megatron.pretrain.errors import UserError, entry

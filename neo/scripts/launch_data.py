@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from megatron.pretrain.data.mixture import blend_file, parse_blend, plain_words, read_mixture_env
+    from megatron.pretrain.data.blend import parse_blend, plain_words
+    from megatron.pretrain.data.mixture_env import blend_file, read_mixture_env
     from megatron.pretrain.errors import UserError, entry
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run `pip install -e .` in the repository's root")

@@ -12,7 +12,8 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron.pretrain.data.mixture import Mixture, blend_file, load_mixture, write_mixture_env
+    from megatron.pretrain.data.mixture import Mixture, load_mixture
+    from megatron.pretrain.data.mixture_env import blend_file, write_mixture_env
     from megatron.pretrain.errors import entry
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run `pip install -e .` in the repository's root")

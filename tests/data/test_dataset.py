@@ -11,7 +11,8 @@ import pytest
 
 from megatron.pretrain.data.dataset import open_dataset
 from megatron.pretrain.data.indexed import IndexedTokens, IndexedWriter, write_manifest
-from megatron.pretrain.data.mixture import Blended, Mixture, Source
+from megatron.pretrain.data.blend import Blended
+from megatron.pretrain.data.mixture import Mixture, Source
 from megatron.pretrain.data.order import permute, windows_for_tokens
 from megatron.pretrain.data.windows import SourceWindows, split_documents
 from megatron.pretrain.errors import UserError

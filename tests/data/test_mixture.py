@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.pretrain.data.blend import Blended, parse_blend
 from megatron.pretrain.data.indexed import IndexedWriter
-from megatron.pretrain.data.mixture import (
-    Blended, load_mixture, parse_blend, read_mixture_env, write_mixture_env)
+from megatron.pretrain.data.mixture import load_mixture
+from megatron.pretrain.data.mixture_env import read_mixture_env, write_mixture_env
 from megatron.pretrain.errors import UserError
 
 

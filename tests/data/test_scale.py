@@ -10,7 +10,7 @@ import pytest
 
 from megatron.pretrain.config import TokenizerConfig
 from megatron.pretrain.data.dataset import open_dataset
-from megatron.pretrain.data.mixture import Blended
+from megatron.pretrain.data.blend import Blended
 from megatron.pretrain.data.order import Blend
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer

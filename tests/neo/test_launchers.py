@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from megatron.pretrain.data.indexed import IndexedWriter
-from megatron.pretrain.data.mixture import load_mixture, write_mixture_env
+from megatron.pretrain.data.mixture import load_mixture
+from megatron.pretrain.data.mixture_env import write_mixture_env
 
 LAUNCHERS = ("pretrain_7b", "pretrain_7b_phase2", "pretrain_2b", "pretrain_2b_ctllm")
 SHAPES = {  # layers, hidden, ffn, heads, kv heads, declared context, TP: DESIGN's table of NEO's models

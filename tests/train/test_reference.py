@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from megatron.pretrain.config import TokenizerConfig
 from megatron.pretrain.data.dataset import open_dataset
-from megatron.pretrain.data.mixture import parse_blend
+from megatron.pretrain.data.blend import parse_blend
 from megatron.pretrain.tokenizer import build_tokenizer
 
 STEPS, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, SEED, TOLERANCE = 20, 8, 2, 64, 1234, 1e-5

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from megatron.pretrain.data.indexed import IndexedTokens, read_manifest
-from megatron.pretrain.data.mixture import Blended
+from megatron.pretrain.data.blend import Blended
 from megatron.pretrain.data.order import Blend, apportion, windows_for_tokens
 from megatron.pretrain.data.windows import SourceWindows, split_documents
 from megatron.pretrain.errors import UserError

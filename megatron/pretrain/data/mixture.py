@@ -5,8 +5,6 @@ Rounds are read as exact fractions, never as floats: 0.29 rounds of 100 tokens a
 
 from __future__ import annotations
 
-import base64
-import binascii
 import difflib
 import hashlib
 import math
@@ -20,13 +18,12 @@ from pathlib import Path
 
 import yaml
 
+from megatron.pretrain.data.blend import is_dataset
 from megatron.pretrain.data.yaml_lines import Scalar, pairs, read_mapping, scalar
 from megatron.pretrain.errors import UserError
 
 ROUND_SUFFIX = "_ROUND"
 PLAIN_KEYS = ("GLOBAL_BATCH_SIZE", "SEQ_LEN", "TOKEN_COUNTS")
-ENV_KEYS = ("DATA_PATH", "TRAIN_ITERS", "GLOBAL_BATCH_SIZE", "SEQ_LEN", "MIXTURE_CONFIG", "MIXTURE_HASH")
-_NUMERIC_ENV_KEYS = ("TRAIN_ITERS", "GLOBAL_BATCH_SIZE", "SEQ_LEN")
 _TOKENS_A_LETTER = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -86,9 +83,6 @@ class Mixture:
         trained = Fraction(self.train_iters * self.tokens_an_iteration, weights.total())
         return {source.prefix: float(weights[source.prefix] * trained / source.tokens)
                 for source in self.sources}
-
-
-# --- mixture_cfg.yml ---------------------------------------------------------------------------------
 
 
 def load_mixture(config_path: str | Path, token_counts: Mapping[str, int | str] | None = None) -> Mixture:
@@ -265,146 +259,3 @@ def _tokens_in_file(prefix: str) -> int | None:
     from megatron.pretrain.data.indexed import count_tokens
 
     return count_tokens(prefix) if is_dataset(prefix) else None
-
-
-def is_dataset(prefix: str) -> bool:
-    """Whether PREFIX.idx is there; its content is not looked at."""
-    return os.path.isfile(f"{prefix}.idx")
-
-
-# --- mixture.env and the blend file ------------------------------------------------------------------
-
-
-def blend_file(env_path: str | Path) -> Path:
-    """The blend file that stands beside a mixture.env."""
-    return Path(env_path).with_suffix(".blend")
-
-
-def write_mixture_env(mixture: Mixture, env_path: str | Path) -> None:
-    """Write what a launcher needs to `env_path`, and the blend alone beside it; each whole or not at all."""
-    values = (mixture.mixture_string, mixture.train_iters, mixture.global_batch_size, mixture.seq_len,
-              mixture.config_path, mixture.config_hash)
-    lines = ["# Made by gen_mixture_str.sh. The launchers read it as data; no shell ever runs it."]
-    lines += [f"{key}={value}" for key, value in zip(ENV_KEYS, values, strict=True)]
-    path = Path(env_path)
-    if blend_file(path) == path or path.is_dir():
-        taken = "a folder" if path.is_dir() else "the blend file's name"
-        raise UserError(f"{path}: this is {taken}; the environment file must be named mixture.env or so")
-    _write_all({blend_file(path): mixture.mixture_string + "\n", path: "\n".join(lines) + "\n"})
-
-
-def _write_all(texts: Mapping[Path, str]) -> None:
-    temporaries = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in texts}
-    try:
-        for path, text in texts.items():
-            temporaries[path].write_text(text, encoding="utf-8")
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; nothing was written") from None
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-
-
-def read_mixture_env(env_path: str | Path) -> dict[str, str]:
-    """The values of a mixture.env, as text: ENV_KEYS, all of them and nothing else.
-
-    Raises UserError for a file that is missing or that gen_mixture_str.sh did not write so, and for one
-    whose YAML file has changed since.
-    """
-    path = Path(env_path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: {reason}; bash neo/scripts/gen_mixture_str.sh writes this file") from None
-    values: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line or line.startswith("#"):
-            continue
-        key, equals, value = line.partition("=")
-        if not equals or key not in ENV_KEYS or key in values:
-            raise UserError(f"{path}, line {number}: {line!r} is not one of the lines {', '.join(ENV_KEYS)}, "
-                            "each once; run neo/scripts/gen_mixture_str.sh again")
-        if key in _NUMERIC_ENV_KEYS and not re.fullmatch(r"[1-9]\d*", value):
-            raise UserError(f"{path}, line {number}: {key}={value}: must be a whole number above 0")
-        values[key] = value
-    missing = [key for key in ENV_KEYS if key not in values]
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)} missing; run neo/scripts/gen_mixture_str.sh again")
-    _check_fresh(path, values)
-    return values
-
-
-def _check_fresh(path: Path, values: Mapping[str, str]) -> None:
-    config = Path(values["MIXTURE_CONFIG"])
-    again = f"run bash neo/scripts/gen_mixture_str.sh -c {config}, or set DATA_PATH"
-    try:
-        found = hashlib.sha256(config.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: stale: {config} cannot be read ({error.strerror}); {again}") from None
-    if found != values["MIXTURE_HASH"]:
-        raise UserError(f"{path}: stale: {config} has changed since; {again}")
-
-
-# --- --data-path -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Blended:
-    """One dataset of a --data-path, with its weight if the blend has weights."""
-
-    prefix: str
-    weight: float | None
-
-
-def parse_blend(tokens: Sequence[str]) -> list[Blended]:
-    """Read the words of --data-path: one prefix, several, or pairs of weight and prefix.
-
-    All of it may be base64 instead: it counts as that only if its plain form names no dataset and its
-    decoding does. Raises UserError for no words, and for weights that are not all there and above 0.
-    """
-    words = plain_words(tokens)
-    if not words:
-        raise UserError("--data-path: empty; give a dataset's prefix, several, or pairs of weight and prefix")
-    numbers = [_number(word) for word in words]
-    weighted = len(words) > 1 and numbers[0] is not None
-    if not weighted:
-        stray = [word for word, number in zip(words[1:], numbers[1:], strict=True) if number is not None]
-        if stray:
-            raise UserError(f"--data-path: {stray[0]!r} is a weight, but {words[0]!r} has none; "
-                            "give every dataset a weight before it, or none at all")
-        return [Blended(word, None) for word in words]
-    if len(words) % 2:
-        raise UserError(f"--data-path: {len(words)} words are not pairs of weight and prefix; "
-                        f"the last is {words[-1]!r}")
-    for word, number in zip(words[::2], numbers[::2], strict=True):
-        if number is None or not 0 < number < math.inf:
-            raise UserError(f"--data-path: {word!r} stands where a weight above 0 was expected")
-    return [Blended(prefix, weight) for prefix, weight in zip(words[1::2], numbers[::2], strict=True)]
-
-
-def plain_words(tokens: Sequence[str]) -> list[str]:
-    """The words of a --data-path, decoded if they are base64 (see `parse_blend`)."""
-    words = " ".join(tokens).split()
-    if not any(is_dataset(word) for word in words):
-        decoded = _from_base64(words)
-        if any(is_dataset(word) for word in decoded):
-            return decoded
-    return words
-
-
-def _from_base64(lines: Sequence[str]) -> list[str]:
-    # The base64 command wraps its output, so the words may be the lines of one encoding.
-    try:
-        return base64.b64decode("".join(lines), validate=True).decode("utf-8").split()
-    except (binascii.Error, UnicodeDecodeError):
-        return []
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None

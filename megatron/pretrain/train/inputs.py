@@ -10,7 +10,7 @@ from megatron.pretrain.checkpoint import manifest as manifests
 from megatron.pretrain.checkpoint.manifest import Manifest
 from megatron.pretrain.config import DataConfig, RunConfig
 from megatron.pretrain.data.dataset import PretrainDataset, open_dataset
-from megatron.pretrain.data.mixture import Blended, parse_blend
+from megatron.pretrain.data.blend import Blended, parse_blend
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import Tokenizer, build_tokenizer
 
