@@ -20,11 +20,15 @@ from environment import machine
 from models import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from train_step_arm import OPTIONS
 from train_step_tables import show
 
 HERE = Path(__file__).resolve().parent
 CHILD = HERE / "train_step_arm.py"
+IMPLEMENTATIONS = ("fused", "transformer_engine", "local")
 PRECISIONS = {"bf16": None, "fp8-delayed": "delayed", "fp8-tensorwise": "tensorwise"}
+SECONDS_TO_END = 40.0
+"""torchrun gives its workers 30."""
 DESCRIPTION = """\
 Measure the training step of a NEO model on random tokens. Each implementation of the layers, in each
 precision, is an arm. Arms are measured in turn, --rounds times (A B A B A B), every measurement in a process
@@ -44,6 +48,8 @@ examples:
   python benchmarks/train_step.py --model 7b --layers 14 --impl fused transformer_engine --json 7b.json
   python benchmarks/train_step.py --model 2b --impl fused transformer_engine --precision bf16 fp8-delayed
   python benchmarks/train_step.py --model 7b --tp 2 --impl fused transformer_engine --profile
+  python benchmarks/train_step.py --model 7b --layers 14 --against fused \
+      --impl fused fused+recompute_mlp fused+recompute_all                            # what recomputing buys
   python benchmarks/train_step.py --model tiny --impl local local --against local     # on any CPU
   python benchmarks/train_step.py --show 7b.json 2b.json                              # the tables again"""
 
@@ -146,9 +152,18 @@ def _run(command: list[str], log: Path, timeout_s: float) -> str | None:
             return f"stopped after {timeout_s:.0f} s (--timeout)"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
     return None if code == 0 else f"exit code {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """torchrun's workers are in sessions of their own: torchrun must end them, or they keep their GPUs."""
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _take(run: dict[str, Any], label: str, number: int, results: dict[str, Any]) -> None:
@@ -196,9 +211,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=_count, default=1, help="tensor-parallel size (default: 1)")
     parser.add_argument("--dp", type=_count, default=1, help="data-parallel size (default: 1)")
     parser.add_argument("--impl", nargs="+", default=["fused", "transformer_engine"], metavar="IMPL",
-                        choices=("fused", "fused+graph", "transformer_engine", "local"),
-                        help="fused, fused+graph (with --enable-cuda-graph), transformer_engine, local (default: "
-                        "fused and transformer_engine); twice the same one shows the noise")
+                        type=_implementation,
+                        help="fused, transformer_engine or local (default: fused and transformer_engine), and "
+                        f"behind a + what else is set: {', '.join(OPTIONS)}; twice the same one shows the noise")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=PRECISIONS, metavar="PRECISION",
                         help=f"{', '.join(PRECISIONS)} (default: bf16)")
     parser.add_argument("--against", default="transformer_engine", metavar="IMPL",
@@ -220,6 +235,14 @@ def _parse() -> argparse.Namespace:
     if flags.json and not flags.json.resolve().parent.is_dir():
         parser.error(f"--json {flags.json}: its folder does not exist")
     return flags
+
+
+def _implementation(text: str) -> str:
+    layers, *options = text.split("+")
+    if layers not in IMPLEMENTATIONS or not set(options) <= set(OPTIONS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(IMPLEMENTATIONS)}, and behind a + "
+                                         f"{', '.join(OPTIONS)}")
+    return text
 
 
 def _count(text: str) -> int:

@@ -25,6 +25,12 @@ from profile_parts import profile
 
 WARM_UP_STEPS = 3
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "graph": {"enable_cuda_graph": True},
+    "recompute_mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
+    "recompute_all": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
+"""What may stand behind an implementation, after a +: settings of `TrainConfig`."""
+
 
 class LeftOut(Exception):
     """This arm cannot be measured here, and why."""
@@ -175,7 +181,7 @@ def run_config(spec: dict[str, Any]) -> Any:
     from megatron.pretrain.config import SECTIONS, ModelConfig, from_dict
 
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    layers, _, graph = spec["impl"].partition("+")
+    layers, *options = spec["impl"].split("+")
     if layers not in fields["transformer_impl"].metadata["choices"]:
         raise LeftOut(f"this version has no --transformer-impl {layers}")
     shape, tp, dp = shape_of(spec), spec["tp"], spec["dp"]
@@ -187,13 +193,13 @@ def run_config(spec: dict[str, Any]) -> Any:
         "transformer_impl": layers}
     sections["layout"] = {
         "tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "use_distributed_optimizer": True,
-        "overlap_grad_reduce": dp > 1 and not graph, "distributed_timeout_minutes": 5}
+        "overlap_grad_reduce": dp > 1 and "graph" not in options, "distributed_timeout_minutes": 5}
     sections["tokenizer"] = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size}
     sections["data"] = {"seq_length": shape.seq_length}
     sections["optim"] = {"lr": 2e-4, "weight_decay": 0.1}
-    sections["train"] = {
-        "micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True,
-        "enable_cuda_graph": bool(graph)}
+    sections["train"] = {"micro_batch_size": spec["micro_batch"], "train_iters": 1000, "seed": 42, "bf16": True}
+    for option in options:
+        sections["train"] |= OPTIONS[option]
     _set_fp8(spec, sections, SECTIONS)
     return settle(from_dict(sections), tp * dp)
 
@@ -279,7 +285,8 @@ def measure(arm: Arm, spec: dict[str, Any], record: Record) -> None:
         "forward and backward": forward_and_backward,
         "step": lambda: {"step_ms": timed(arm, arm.whole_step, steps)},
         "optimizer": lambda: {"optimizer_ms": timed(arm, arm.update, steps)},
-        "memory": lambda: {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if arm.on_gpu else None},
+        "memory": lambda: {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if arm.on_gpu else {},
+        "activations": lambda: kept_for_backward(arm) if arm.on_gpu else {},
         "rates": lambda: rates(arm, spec, record.values)}
     if spec["profile"]:
         parts["profile"] = profiled
@@ -291,6 +298,35 @@ def measure(arm: Arm, spec: dict[str, Any], record: Record) -> None:
             if spec["tp"] * spec["dp"] > 1:
                 # The other ranks wait in a collective that this one has left.
                 return
+
+
+def kept_for_backward(arm: Arm) -> dict[str, Any]:
+    """GiB that a micro-batch's forward pass leaves allocated for its backward pass: in all, and by one layer."""
+    import torch
+    from megatron.core.utils import unwrap_model
+
+    from megatron.pretrain.model.fused.fp8_model import fp8_states
+
+    [chunk] = arm.chunks
+    allocated: list[int] = []
+
+    def note(*_: Any) -> None:
+        allocated.append(torch.cuda.memory_allocated())
+
+    for state in fp8_states(arm.chunks):
+        state.begin_step()
+    tokens, labels = (torch.from_numpy(each).to(arm.place.device) for each in (arm.batch.tokens, arm.batch.labels))
+    hooks = [layer.register_forward_hook(note) for layer in unwrap_model(chunk).decoder.layers]
+    try:
+        note()
+        losses = chunk(tokens, position_ids=None, attention_mask=None, labels=labels)
+        note()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del losses
+    before, *_, last_but_one, last, after = allocated    # there are two layers or more
+    return {"kept_gib": (after - before) / 2**30, "kept_gib_a_layer": (last - last_but_one) / 2**30}
 
 
 @contextlib.contextmanager
