@@ -101,7 +101,7 @@ class Vocabulary {
   Merge merge_of(const Pair& pair) const {
     if (!merge_filter_.may_have(pair.hash)) return Merge{};
     for (size_t slot = pair.hash >> 24 & merge_mask_;; slot = (slot + 1) & merge_mask_) {
-      if (merges_[slot] >> kMergedBits == pair.key) return merge_to(merges_[slot] & kMergedMask);
+      if (merges_[slot] >> kMergedBits == pair.key) return merge_to(merges_[slot] & kNoSymbol);
       if (merges_[slot] == kEmptySlot) return Merge{};
     }
   }
@@ -121,7 +121,7 @@ class Vocabulary {
     for (size_t slot = pair_slot(left, right);; slot += 2) {
       const uint64_t one = pairs_[slot & pair_mask_], other = pairs_[(slot + 1) & pair_mask_];
       const uint64_t found = one >> kMergedBits == key ? one : other;
-      if (found >> kMergedBits == key) return static_cast<Symbol>(found & kMergedMask);
+      if (found >> kMergedBits == key) return found & kNoSymbol;
       if (one == kEmptySlot || other == kEmptySlot) return kNoSymbol;
     }
   }
@@ -143,8 +143,9 @@ class Vocabulary {
   static constexpr uint32_t kPages = 0x110000 >> kPageBits;
   // A slot of the merges' table: the pair, and in the low bits the piece that it makes.
   static constexpr int kMergedBits = 64 - 2 * kSymbolBits;
-  static constexpr uint64_t kMergedMask = (1ull << kMergedBits) - 1;
+  // Two that stand in no piece have an empty slot's pair, and it says that they make none.
   static constexpr uint64_t kEmptySlot = ~0ull;
+  static_assert(kMergedBits >= kSymbolBits && (kEmptySlot & kNoSymbol) == kNoSymbol);
 
   // In most models ids follow the scores, and nothing need be fetched.
   int32_t rank_of(uint64_t piece) const {
