@@ -216,10 +216,12 @@ def _check_cuda_graph(config: RunConfig) -> None:
     _require(layout.pipeline_model_parallel_size == 1,
              f"--enable-cuda-graph: --pipeline-model-parallel-size {layout.pipeline_model_parallel_size}; "
              "a pipeline's micro-batches are not recorded, leave out one of them")
-    _require(not layout.overlap_grad_reduce,
-             "--enable-cuda-graph: what --overlap-grad-reduce starts from hooks is not recorded; leave out one of them")
-    _require(not layout.overlap_param_gather,
-             "--enable-cuda-graph: a graph does not wait for --overlap-param-gather; leave out one of them")
+    overlapped = " and ".join(flag for flag, is_set in (
+        ("--overlap-grad-reduce", layout.overlap_grad_reduce),
+        ("--overlap-param-gather", layout.overlap_param_gather)) if is_set)
+    _require(not overlapped,
+             f"--enable-cuda-graph: what hooks start and wait for with {overlapped} is not recorded; leave it, or "
+             "the graph, out")
     _require(config.train.recompute_granularity != "full",
              "--enable-cuda-graph: --recompute-granularity full is not recorded; use selective, or leave out one")
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import random as engine_random
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 from megatron.pretrain.checks import settle
 from megatron.pretrain.cli import parse
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.train.greedy import on_one_process
+from megatron.pretrain.train.recording import random_states_stay
 
 SHAPE = ("--num-layers 2 --hidden-size 64 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16 "
          "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --enable-cuda-graph").split()
@@ -22,7 +25,9 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 @pytest.mark.parametrize("flags, sentence", [
     ("--transformer-impl local", "--transformer-impl local is not recorded here; use fused"),
     ("--pipeline-model-parallel-size 2", "a pipeline's micro-batches are not recorded"),
-    ("--overlap-grad-reduce", "what --overlap-grad-reduce starts from hooks is not recorded"),
+    ("--overlap-grad-reduce", "what hooks start and wait for with --overlap-grad-reduce is not recorded"),
+    ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+     "with --overlap-grad-reduce and --overlap-param-gather is not recorded"),
     ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
      "--recompute-granularity full is not recorded")])
 def test_what_cannot_be_recorded_is_refused(flags: str, sentence: str) -> None:
@@ -31,8 +36,22 @@ def test_what_cannot_be_recorded_is_refused(flags: str, sentence: str) -> None:
 
 
 def test_a_model_that_was_recorded_speaks_without() -> None:
-    config = settle(parse([*SHAPE, "--transformer-impl", "fused", "--bf16"]).config, world_size=1)
-    assert config.train.enable_cuda_graph and not on_one_process(config, None).train.enable_cuda_graph
+    flags = ["--transformer-impl", "fused", "--bf16", "--fp8", "--first-last-layers-bf16"]
+    train = settle(parse([*SHAPE, *flags]).config, world_size=1).train
+    alone = on_one_process(settle(parse([*SHAPE, *flags]).config, world_size=1), None).train
+    assert train.enable_cuda_graph and not alone.enable_cuda_graph
+    assert train.fp8_format == "hybrid" and alone.fp8_format is None and not alone.first_last_layers_bf16
+
+
+def test_random_states_stay_while_something_is_recorded() -> None:
+    tracker = CudaRNGStatesTracker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_random, "_CUDA_RNG_STATE_TRACKER", tracker)
+        patch.setattr(engine_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
+        with random_states_stay(), tracker.fork():    # of no state that there is
+            torch.rand(1)
+    with pytest.raises(Exception, match="is not added"), tracker.fork():
+        torch.rand(1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

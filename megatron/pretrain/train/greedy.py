@@ -47,7 +47,8 @@ def on_one_process(config: RunConfig, tokenizer_model: str | None) -> RunConfig:
     model = replace(config.model, transformer_impl="local")
     tokenizer = replace(config.tokenizer, tokenizer_model=tokenizer_model or config.tokenizer.tokenizer_model)
     return replace(config, model=model, tokenizer=tokenizer, layout=LayoutConfig(),
-                   train=replace(config.train, bf16=False, enable_cuda_graph=False))
+                   train=replace(config.train, bf16=False, fp8_format=None, first_last_layers_bf16=False,
+                                 enable_cuda_graph=False))
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ whose activations share one pool of memory.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -49,6 +51,8 @@ class Recording:
             self._graphs[first] = self._record(inputs, first)
         graph, report = self._graphs[first]
         for name, tensor in inputs.items():
+            if tensor.shape != self._inputs[name].shape:
+                raise ValueError(f"{name} {tuple(tensor.shape)}: {tuple(self._inputs[name].shape)} was recorded")
             self._inputs[name].copy_(tensor, non_blocking=True)
         graph.replay()
         for weight in self._weights:  # as the products' backward pass does, of which a replay runs no Python
@@ -61,12 +65,26 @@ class Recording:
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         # Threads that read data may ask the driver for something meanwhile; it is not for the graph.
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(),
-                              capture_error_mode="thread_local"):
+        with random_states_stay(), torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(),
+                                                    capture_error_mode="thread_local"):
             report = self._micro_batch(self._inputs)
         logger.info("recorded a step's %s as a CUDA graph",
                     "first micro-batch" if first else "later micro-batches")
         return graph, report
+
+
+@contextlib.contextmanager
+def random_states_stay() -> Iterator[None]:
+    """Let the engine's switches of random states do nothing: none can be recorded.
+
+    Under sequence parallelism it switches for its layers' dropout, which fused layers do not have.
+    """
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda *_, **__: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork
 
 
 def _on_gpu(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Run by test_peers.py under torchrun, a rank a GPU: collectives through peers' memory beside NCCL's.
 
 Sizes change, so that the memory is made anew. All collectives of a size follow each other without the host
-waiting, each rank late by another time before each, so that one that overwrote what another rank still reads, or
-read what is not yet there, would show.
+waiting, and before each a rank's part, or its reading of others' parts, is late at random: one that read what is
+not yet there, or overwrote what another rank still reads, would show.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main() -> None:
     lateness = random.Random(rank)
 
     def late() -> None:
-        torch.cuda._sleep(lateness.randrange(LATEST_CYCLES))
+        stream = lateness.choice((torch.cuda.current_stream(), peers._stream))
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(lateness.randrange(LATEST_CYCLES))
 
     for rows in ROWS * 3:
         shards = [torch.randn(rows, WIDTH, device=device).bfloat16() for _ in range(ROUNDS)]

@@ -93,12 +93,24 @@ class PeerMemory:
         return done
 
     def reserve(self, half_bytes: int) -> None:
-        """Make room of at least this size a half, on all ranks alike, once nobody reads the former."""
+        """Make room of at least this size a half, on all ranks alike, once nobody reads the former.
+
+        Raises RuntimeError on all ranks where one has no room, so that none waits for it.
+        """
         torch.cuda.synchronize()
         dist.barrier(self._group)
         self._half_bytes = -(-half_bytes // 512) * 512
-        self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
-                                              device=torch.cuda.current_device())
+        failure = None
+        try:
+            self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
+                                                  device=torch.cuda.current_device())
+        except RuntimeError as error:
+            failure = error
+        failed = torch.tensor(int(failure is not None), device=torch.cuda.current_device())
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        if failed.item():
+            raise RuntimeError(f"no room for {2 * self._half_bytes:,} bytes that peers can read: "
+                               f"{failure or 'on another rank'}")
         self._memory = symmetric_memory.rendezvous(self._tensor, self._group)
 
     def _next_half(self, needed_bytes: int) -> int:
@@ -131,16 +143,12 @@ def connect(group: dist.ProcessGroup) -> None:
     if not _see_each_other(dist.get_process_group_ranks(group)):
         logger.info("tensor parallelism: NCCL, because its %d GPUs do not see each other's memory", group.size())
         return
-    peers, failure = PeerMemory(group), None
+    peers = PeerMemory(group)
     try:
         peers.reserve(FIRST_HALF_BYTES)
     except RuntimeError as error:
-        failure = error
-    failed = torch.tensor(int(failure is not None), device=torch.cuda.current_device())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-    if failed.item():
-        raise UserError(f"tensor parallelism: GPUs could not map each other's memory "
-                        f"({failure or 'on another rank'}); --disable-tp-comm-overlap does without")
+        raise UserError(f"tensor parallelism: GPUs could not map each other's memory ({error}); "
+                        "--disable-tp-comm-overlap does without") from None
     _connected[group] = peers
     logger.info("tensor parallelism: %d GPUs fetch from each other's memory while they compute", group.size())
 
