@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class Interruption(UserError):
+    """What ended the work came from outside and may be otherwise the next time: what is done is worth keeping."""
+
+
 def entry(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run `main(argv)` and end the process with its exit code.
 

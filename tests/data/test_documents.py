@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.pretrain.data.documents import BadDocument, Source, cut_into_chunks, open_source, read_texts
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.data.documents import (
+    BadDocument, Source, cut_into_chunks, open_source, read_texts, reading)
+from megatron.pretrain.errors import Interruption, UserError
 
 GOOD = b'{"text": "first"}\n'
 
@@ -98,6 +100,23 @@ def test_chunks_are_whole_lines_and_cover_the_file(chunk_bytes: int, tmp_path: P
     assert b"".join(pieces) == content
     assert all(piece.endswith(b"\n") and len(piece) >= chunk_bytes for piece in pieces[:-1])
     assert [chunk.ends_file for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 10)
+    first, second = cut_into_chunks(open_source(str(path)), 70)
+    os.truncate(path, second.start_byte)
+    assert read_texts(first, ("text",)) == [["a"] * 5]
+    with pytest.raises(UserError, match="corpus.jsonl: became shorter while it was read"):
+        read_texts(second, ("text",))
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EIO, Interruption), (errno.EACCES, UserError)])
+def test_an_input_that_cannot_be_read_for_once_is_an_interruption(number: int, kind: type[UserError]):
+    with pytest.raises(UserError, match=f"--input far.jsonl: {os.strerror(number)}") as raised, reading("far.jsonl"):
+        raise OSError(number, os.strerror(number))
+    assert type(raised.value) is kind
 
 
 def test_several_keys_give_a_column_each(tmp_path: Path):

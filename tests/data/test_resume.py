@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -19,7 +20,7 @@ from megatron.pretrain.data.preprocess import PreprocessConfig, preprocess
 from megatron.pretrain.data.shard import Shard
 from megatron.pretrain.data.staging import StagedFiles, part_name
 from megatron.pretrain.data.workers import WorkerGone
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.errors import Interruption, UserError
 
 TEXTS = [*pydoc_data.topics.topics.values()][:12] + ["", "汉字 🙂"]
 LINES = [json.dumps({"text": text, "title": text[:9]}).encode() for text in TEXTS]
@@ -72,7 +73,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseExceptio
 
 @pytest.mark.parametrize("chunks", [0, 1, 4, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143),
-                                   WorkerGone("worker process 7 was killed")])
+                                   WorkerGone("worker process 7 was killed"),
+                                   Interruption("--input corpus.jsonl: Input/output error")])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
         chunks: int, error: BaseException, corpus: Path, tiny_tokenizer: Path,
         monkeypatch: pytest.MonkeyPatch):
@@ -89,6 +91,28 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert results(corpus.parent) == straight
     assert summary.resumed is (chunks > 0)
     assert summary.rejected == {"key missing": 2, "not UTF-8": 2, "blank line": 2}
+
+
+@pytest.mark.parametrize("opened", range(9))
+def test_an_interruption_while_it_is_taken_up_again_costs_nothing(opened: int, corpus: Path, tiny_tokenizer: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch):
+    preprocess(config(corpus, tiny_tokenizer))
+    straight = results(corpus.parent)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4, KeyboardInterrupt())
+        preprocess(config(corpus, tiny_tokenizer))
+    open_part, left = StagedFiles._open_part, iter(range(opened))
+
+    def interrupted(staging: StagedFiles, *arguments: Any) -> BinaryIO:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return open_part(staging, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StagedFiles, "_open_part", interrupted)
+        preprocess(config(corpus, tiny_tokenizer, resume=True))
+    assert preprocess(config(corpus, tiny_tokenizer, resume=True)).resumed
+    assert results(corpus.parent) == straight
 
 
 def test_it_may_be_interrupted_again_and_again(corpus: Path, tiny_tokenizer: Path, monkeypatch):

@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron.pretrain.data.workers import OrderedWorkers
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.data.workers import OrderedWorkers, WorkerGone
 
 
 class Answers:
@@ -54,6 +53,19 @@ def leave_at_three(number: int) -> int:
     if number == 3:
         os._exit(7)
     return number
+
+
+def want_memory_at_three(number: int) -> int:
+    if number == 3:
+        raise MemoryError
+    return number
+
+
+class CannotBeReceived:
+    """A task for which the worker has no memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return want_memory_at_three, (3,)
 
 
 def sleep_for_ever(_: int) -> None:
@@ -108,10 +120,18 @@ def test_a_result_that_cannot_be_delivered_ends_the_work(tmp_path: Path):
 
 
 @pytest.mark.parametrize("handle, how", [(die_at_three, "was killed by SIGKILL .* fewer --workers"),
-                                         (leave_at_three, "ended with exit code 7")])
+                                         (leave_at_three, "ended with exit code 7"),
+                                         (want_memory_at_three, "ran out of memory; give fewer --workers")])
 def test_a_worker_that_is_gone_ends_the_work(handle, how: str):
-    with pytest.raises(UserError, match=how), OrderedWorkers(2, Answers(handle)) as workers:
+    with pytest.raises(WorkerGone, match=how), OrderedWorkers(2, Answers(handle)) as workers:
         list(workers.run(range(1000), report_of))
+
+
+def test_a_worker_that_cannot_take_its_task_in_ends_the_work(capfd: pytest.CaptureFixture[str]):
+    with (pytest.raises(WorkerGone, match="ended with exit code 1 before its work was done"),
+          OrderedWorkers(1, Answers(slow_square)) as workers):
+        list(workers.run([1, CannotBeReceived(), 2], report_of))
+    assert "MemoryError" in capfd.readouterr().err
 
 
 def test_leaving_the_block_ends_busy_workers_at_once():

@@ -8,6 +8,7 @@ document, and its training then takes sequences for documents; here a document i
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -17,8 +18,10 @@ from typing import Any
 
 import orjson
 
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.errors import Interruption, UserError
 
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""What a network file system says for once."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 KIND_OF_TYPE = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
                 bool: "true or false", type(None): "null"}
@@ -52,7 +55,10 @@ class Chunk:
             return self.data
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(self.start_byte)
-            return file.read(self.size_bytes)
+            data = file.read(self.size_bytes)
+        if len(data) < self.size_bytes:
+            raise UserError(f"--input {self.path}: became shorter while it was read; give a file that nobody writes")
+        return data
 
 
 class BadDocument(Exception):
@@ -235,4 +241,5 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}; it must be a file of JSON lines") from None
+        kind = Interruption if error.errno in PASSING_ERRORS else UserError
+        raise kind(f"--input {path}: {error.strerror}; it must be a file of JSON lines") from None

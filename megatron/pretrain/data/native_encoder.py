@@ -15,6 +15,7 @@ from megatron.pretrain.data.documents import Chunk, read_texts
 from megatron.pretrain.data.encoded import EncodedTexts
 from megatron.pretrain.data.parts import token_format
 from megatron.pretrain.data.self_check import SelfCheck
+from megatron.pretrain.errors import UserError
 from megatron.pretrain.tokenizer import SentencePieceTokenizer
 
 Declined = _native.Declined
@@ -39,9 +40,13 @@ class NativeEncoder:
     def __call__(self, chunk: Chunk) -> list[EncodedTexts]:
         data = chunk.read()
         self._native.clear()
-        at = self._native.encode_lines(data, 0)
-        while at < len(data):
-            at = self._native.encode_lines(data, self._read_line(chunk, data, at))
+        try:
+            at = self._native.encode_lines(data, 0)
+            while at < len(data):
+                at = self._native.encode_lines(data, self._read_line(chunk, data, at))
+        except _native.TooLong as why:
+            raise UserError(f"{chunk.path}: the line at byte offset {chunk.start_byte}, or one soon after, has "
+                            f"{why}; cut it into several") from None
         texts: list[EncodedTexts] = [self._native.take(number) for number in range(len(self._keys))]
         self._self_check(chunk, data, self._keys, texts)
         return texts

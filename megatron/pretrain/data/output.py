@@ -18,8 +18,7 @@ from megatron.pretrain.data.rejects import as_record
 from megatron.pretrain.data.shard import Span
 from megatron.pretrain.data.staging import StagedFiles, part_name, reclaim, writing
 from megatron.pretrain.data.tasks import Screened, Task
-from megatron.pretrain.data.workers import WorkerGone
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.errors import Interruption, UserError
 
 SECONDS_BETWEEN_COMMITS = 5.0
 """What a power failure or SIGKILL costs at most; other interruptions cost the chunks in work alone."""
@@ -38,8 +37,9 @@ class RunOutput:
     The workers write the tokens and the index, each chunk at the place that `place` gives it; what an ended
     run's workers may still write after it are the bytes that a run which goes on writes there, too.
 
-    Leaving the block by Ctrl-C, a signal or the loss of a worker keeps hidden parts that `resume` goes on
-    from; leaving it by any other exception removes them. So does a full disk: its space is others' too.
+    Leaving the block by Ctrl-C, a signal or an `Interruption` (the loss of a worker, an input that cannot be read
+    for once) keeps hidden parts that `resume` goes on from; leaving it by any other exception removes them. So does
+    a full disk: its space is others' too. Whatever happens before the block is entered leaves such parts as they are.
 
     Args:
         prefix: of all files.
@@ -75,7 +75,10 @@ class RunOutput:
             self._rejects = (self._staging.create(self.rejects_path, self.position.rejects_bytes)
                              if self.rejects_path else None)
         except BaseException:
-            self._staging.discard()
+            if left and resume:
+                self._staging.keep()
+            else:
+                self._staging.discard()
             raise
         self.resumed_at = self._placed = self.position
         self._unwritten: deque[RunPosition] = deque()
@@ -98,7 +101,7 @@ class RunOutput:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is None or self._staging.is_published:
             return
-        if not self._resumable or not isinstance(error, (KeyboardInterrupt, SystemExit, WorkerGone)):
+        if not self._resumable or not isinstance(error, (KeyboardInterrupt, SystemExit, Interruption)):
             self._staging.discard()
             return
         try:
@@ -107,8 +110,8 @@ class RunOutput:
             self._staging.discard()
             raise
         self._staging.keep()
-        if isinstance(error, WorkerGone):
-            raise WorkerGone(f"{error}; {HOW_TO_RESUME}") from None
+        if isinstance(error, Interruption):
+            raise type(error)(f"{error}; {HOW_TO_RESUME}") from None
         print(f"stopped; {HOW_TO_RESUME}", file=sys.stderr)
 
     def place(self, task: Task, screened: Screened) -> Sequence[WriterPosition]:

@@ -28,7 +28,6 @@ class SelfCheck:
         self._tokenizer, self._whole_units, self._end_id = tokenizer, whole_units, end_id
         self._chunks = 0
         self._longest_tokens = 0
-        self._random = random.Random()  # each run looks elsewhere
 
     def __call__(self, chunk: Chunk, data: bytes, keys: Sequence[str],
                  encoded: Sequence[EncodedTexts]) -> None:
@@ -50,7 +49,7 @@ class SelfCheck:
         if self._chunks == 0:
             yield 0
         if self._chunks % CHUNKS_BETWEEN_SAMPLES == 0:
-            yield self._random.randrange(texts.documents)
+            yield random.randrange(texts.documents)  # a fork seeds this one anew: each worker looks elsewhere
         self._chunks += 1
         longest = texts.longest
         # Twice as long as any before: so there are few of them, however long the run.

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
-from megatron.pretrain.errors import UserError
+from megatron.pretrain.errors import Interruption
 
 Task = TypeVar("Task")
 Report = TypeVar("Report")
@@ -35,8 +35,8 @@ TASKS_AHEAD = 2
 _BEGIN, _FINISH = range(2)
 
 
-class WorkerGone(UserError):
-    """A worker was killed, or ended by itself, before its work was done."""
+class WorkerGone(Interruption):
+    """A worker was killed, or ended by itself or for want of memory, before its work was done."""
 
 
 class Work(Protocol[Task, Report, Place]):
@@ -130,6 +130,9 @@ def _serve(work: Work[Any, Any, Any], pipe: Connection, parents_end: Connection)
         step, content = message
         try:
             answer = step, work.begin(content) if step == _BEGIN else work.finish(content), None
+        except MemoryError:
+            gone = WorkerGone(f"worker process {os.getpid()} ran out of memory; give fewer --workers")
+            answer = step, gone, traceback.format_exc()
         except Exception as error:
             answer = step, error, traceback.format_exc()
         try:
@@ -142,14 +145,16 @@ def _listen(pipe: Connection, messages: SimpleQueue[tuple[int, Any] | None]) -> 
     """Take messages in while an answer is being sent.
 
     Neither need fit into a pipe: a parent that sends a task to a worker that sends a report would wait for
-    ever if the worker did not listen.
+    ever if the worker did not listen. For the same reason a worker ends that cannot take a message in.
     """
-    while True:
-        try:
+    try:
+        while True:
             messages.put(pipe.recv())
-        except (EOFError, OSError):
-            messages.put(None)
-            return
+    except (EOFError, OSError):
+        messages.put(None)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _die_with(parent: int) -> None:

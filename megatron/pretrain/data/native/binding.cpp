@@ -9,9 +9,6 @@
 
 namespace py = pybind11;
 
-// The numbers of a set are little-endian, and here they go to the disk as they lie in memory.
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-
 namespace neo {
 namespace {
 
@@ -111,6 +108,7 @@ void bind_encoder(py::module_& module, const char* name) {
 
 PYBIND11_MODULE(_native, module) {
   py::register_exception<neo::Declined>(module, "Declined", PyExc_ValueError);
+  py::register_exception<neo::TooLong>(module, "TooLong", PyExc_ValueError);
   neo::bind_column<uint16_t>(module, "Texts16");
   neo::bind_column<int32_t>(module, "Texts32");
   neo::bind_encoder<uint16_t>(module, "Encoder16");

@@ -53,7 +53,7 @@ class ChunkEncoder {
     const Byte* const end = text_.data() + text_.size();
     const Byte* last = start;
     Splitter(vocabulary_).split(text_.data(), text_.size(), [&](const Byte* unit, size_t) {
-      // Whether the last character begins a unit, one that follows the text may change.
+      // Of ASCII, whether a boundary stands before the last character depends on the one that follows it.
       if (unit > start && end - unit > 1) last = unit;
     });
     return static_cast<size_t>(last - start);
@@ -79,7 +79,9 @@ class ChunkEncoder {
       *end = *end_id_;
       column.ids.finish(end + 1);
     }
-    column.lengths.push_back(static_cast<int32_t>(column.ids.size() - before));
+    const size_t length = column.ids.size() - before;
+    if (length > std::numeric_limits<int32_t>::max()) throw TooLong("2^31 tokens or more");
+    column.lengths.push_back(static_cast<int32_t>(length));
     column.text_bytes += text_size;
   }
 

@@ -7,6 +7,9 @@
 
 namespace neo {
 
+// Words are taken for their bytes in order, and the numbers of a set go to the disk as they lie in memory.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+
 inline uint64_t load(const Byte* at) {
   uint64_t word;
   std::memcpy(&word, at, sizeof word);

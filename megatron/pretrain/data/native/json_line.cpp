@@ -45,12 +45,7 @@ __m128i special_bytes(__m128i bytes) {
 #endif
 
 // How many bytes of the word stand before its first special one; `found` are its special bits.
-size_t plain_bytes(const Byte* at, uint64_t found) {
-  if (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) return static_cast<size_t>(__builtin_ctzll(found)) / 8;
-  size_t count = 0;
-  while (!is_special(at[count])) ++count;
-  return count;
-}
+size_t plain_bytes(uint64_t found) { return static_cast<size_t>(__builtin_ctzll(found)) / 8; }
 
 }  // namespace
 
@@ -137,7 +132,7 @@ Byte* JsonLine::copy_plain(Byte* to) {
     std::memcpy(to, &word, sizeof word);
     string_bits_ |= word;
     if (const uint64_t found = special_bits(word) & kHighs) {
-      const size_t count = plain_bytes(at_, found);
+      const size_t count = plain_bytes(found);
       at_ += count;
       return to + count;
     }
@@ -260,7 +255,7 @@ const Byte* JsonLine::find_special() {
   for (; end_ - at >= 8; at += 8) {
     const uint64_t word = load(at);
     string_bits_ |= word;
-    if (const uint64_t found = special_bits(word) & kHighs) return at + plain_bytes(at, found);
+    if (const uint64_t found = special_bits(word) & kHighs) return at + plain_bytes(found);
   }
   for (; at < end_ && !is_special(*at); ++at) string_bits_ |= *at * kOnes;
   return at;

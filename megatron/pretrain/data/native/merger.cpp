@@ -57,6 +57,7 @@ void Merger::merge_short() {
 // so a place that holds the symbol it held has merged nothing, and its neighbour is the one it had; if
 // that, too, holds what it held, the pair is as it was noted.
 void Merger::merge_long() {
+  if (symbols_.size() > kLongestUnit) throw TooLong("2^31 characters or more without end");
   const auto count = static_cast<int32_t>(symbols_.size());
   places_.clear();
   candidates_.clear();
@@ -85,6 +86,10 @@ void Merger::merge_long() {
   }
   symbols_.clear();
   for (int32_t i = 0; i >= 0; i = places_[i].next) symbols_.push_back(places_[i].symbol);
+  if (places_.size() > kRareUnit) {
+    places_ = {};
+    candidates_ = {};
+  }
 }
 
 void Merger::note(int32_t left, int32_t right) {

@@ -3,11 +3,18 @@
 #pragma once
 
 #include <array>
+#include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "vocabulary.h"
 
 namespace neo {
+
+// Text whose number of characters or ids has no place in 32 bits; the message says what of it.
+struct TooLong : std::length_error {
+  using std::length_error::length_error;
+};
 
 class Merger {
  public:
@@ -20,6 +27,9 @@ class Merger {
  private:
   // Up to so many characters scanning an array for the best merge beats a heap.
   static constexpr size_t kShortUnit = 48;
+  static constexpr size_t kLongestUnit = std::numeric_limits<int32_t>::max();
+  // The memory of one with more characters is given back.
+  static constexpr size_t kRareUnit = 1 << 16;
 
   // A symbol of a long unit, in a doubly linked list; a place that was merged into its left neighbour
   // holds kNoSymbol.

@@ -52,6 +52,7 @@ inline void read_plain_row(const Vocabulary& vocabulary, size_t size, Row& row) 
     row.starts[++row.count] = static_cast<int16_t>(i);
     row.symbols[row.count] = symbol;
   }
+  std::fill_n(row.symbols + row.count + 1, Row::kAhead, kNoSymbol);
 }
 
 #ifdef NEO_HAS_WIDE

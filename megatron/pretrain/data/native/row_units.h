@@ -64,7 +64,8 @@ struct ShortUnits {
     }
   }
 
-  // Writes the ids of characters `from` to `to`, where all units are of this kind and pieces.
+  // Writes the ids of characters `from` to `to`, where all units are of this kind and pieces. What lies behind
+  // the end that is returned may be written, too.
   __attribute__((always_inline)) Id* write(size_t from, size_t to, Id* out) const {
     const uint64_t kept = ~absorbed;
     for (size_t k = from; k < to; ++k) {

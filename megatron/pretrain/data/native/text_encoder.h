@@ -19,6 +19,7 @@ class TextEncoder {
   // Appends the ids of `size` bytes of valid UTF-8, which have the dummy prefix, if the model adds one, as
   // a space before them. `kReadAhead` bytes after the text must be readable.
   void encode(const Byte* text, size_t size, Buffer<Id>& ids) {
+    n_pending_ = 0;  // an exception may have left some
     out_ = ids.room_for(most_ids(size) + kCopyAhead);
     splitter_.split(
         text, size, [this](const Byte* unit, size_t unit_size) { append(unit, unit_size); },
@@ -32,7 +33,7 @@ class TextEncoder {
   // slower in runs of less than some hundred MB, where clearing the memory costs what it saves.
   static constexpr int kShortSetBits = 17;
   static constexpr int kLongSetBits = 14;
-  // Ids of a short slot are copied all at once, whatever their number.
+  // Ids of a short slot are copied all at once, whatever their number, and a row's may be written one too far.
   static constexpr size_t kCopyAhead = ShortSlot<Id>::kMostIds;
 
   // A character has at most as many ids as it has bytes: one if it is a piece or part of one, else one for
@@ -67,7 +68,7 @@ class TextEncoder {
       const size_t size = longs >> other & 1 ? units.size(other) : 1;
       k = other + size;
       append_other(row, other, size, static_cast<size_t>(row.start(k) - row.start(other)));
-      others &= ~0ull << k;  // there is another unit, if only the last one, so that k is below 64
+      others &= ~0ull << k;  // k is at most where the last unit begins, which is below 64
     }
     out_ = short_units.write(k, units.last(), out_);
     return row.start(units.last());

@@ -11,17 +11,12 @@ namespace neo {
 // past the end of a text must be readable. What they hold does not matter.
 constexpr size_t kReadAhead = 80;
 
-// Where byte i of memory lies in a word.
-constexpr int byte_shift(size_t i) {
-  return static_cast<int>(8 * (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? i : 7 - i));
-}
-
 // Words that keep the first `size` of 16 bytes.
 struct Masks {
   uint64_t words[16][2] = {};
   constexpr Masks() {
     for (size_t size = 0; size < 16; ++size)
-      for (size_t i = 0; i < size; ++i) words[size][i / 8] |= 0xFFull << byte_shift(i % 8);
+      for (size_t i = 0; i < size; ++i) words[size][i / 8] |= 0xFFull << (8 * (i % 8));
   }
 };
 constexpr Masks kMasks;
@@ -36,7 +31,7 @@ struct ShortKey {
     Byte bytes[16];
     std::memcpy(bytes, unit, sizeof bytes);
     low = load(bytes) & kMasks.words[size][0];
-    high = (load(bytes + 8) & kMasks.words[size][1]) | static_cast<uint64_t>(size) << byte_shift(7);
+    high = (load(bytes + 8) & kMasks.words[size][1]) | static_cast<uint64_t>(size) << 56;
     hash = mix(low ^ 0xA0761D6478BD642Full, high ^ 0xE7037ED1A0B428DBull);
   }
 
