@@ -204,7 +204,8 @@ def test_checkpoint_of_an_earlier_version_has_the_defaults_of_new_settings():
     del manifest.config["optim"]["lr_warmup_init"], manifest.config["model"]["norm_epsilon"]
     check_same_schedule(manifest, config_of(), FOLDER)
     check_same_model(manifest, config_of(), FOLDER)
-    assert "--norm-epsilon is 1e-05 there" in mistake(check_same_model, manifest, config_of("--norm-epsilon", "1e-3"), FOLDER)
+    said = mistake(check_same_model, manifest, config_of("--norm-epsilon", "1e-3"), FOLDER)
+    assert "--norm-epsilon is 1e-05 there" in said
 
 
 # --- saving ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from megatron.pretrain.errors import UserError
 
 FIRST_HALF_BYTES = 1 << 20
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -95,23 +97,27 @@ class PeerMemory:
     def reserve(self, half_bytes: int) -> None:
         """Make room of at least this size a half, on all ranks alike, once nobody reads the former.
 
-        Raises RuntimeError on all ranks where one has no room, so that none waits for it.
+        Raises RuntimeError on all ranks where one fails, so that none waits for it.
         """
         torch.cuda.synchronize()
         dist.barrier(self._group)
         self._half_bytes = -(-half_bytes // 512) * 512
-        failure = None
+        self._tensor = self._all_or_none(lambda: symmetric_memory.empty(
+            2 * self._half_bytes, dtype=torch.uint8, device=torch.cuda.current_device()))
+        self._memory = self._all_or_none(lambda: symmetric_memory.rendezvous(self._tensor, self._group))
+
+    def _all_or_none(self, make: Callable[[], T]) -> T:
+        """What this rank makes, once all ranks have made theirs."""
+        made, failure = None, None
         try:
-            self._tensor = symmetric_memory.empty(2 * self._half_bytes, dtype=torch.uint8,
-                                                  device=torch.cuda.current_device())
+            made = make()
         except RuntimeError as error:
             failure = error
         failed = torch.tensor(int(failure is not None), device=torch.cuda.current_device())
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
         if failed.item():
-            raise RuntimeError(f"no room for {2 * self._half_bytes:,} bytes that peers can read: "
-                               f"{failure or 'on another rank'}")
-        self._memory = symmetric_memory.rendezvous(self._tensor, self._group)
+            raise RuntimeError(str(failure or "on another rank"))
+        return made
 
     def _next_half(self, needed_bytes: int) -> int:
         """Which half is next; all ranks ask for the same sizes."""
