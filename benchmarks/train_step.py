@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from train_step_arm import OPTIONS
 from train_step_tables import show
+from train_step_turn import Turn
 
-HERE = Path(__file__).resolve().parent
-CHILD = HERE / "train_step_arm.py"
 IMPLEMENTATIONS = ("fused", "transformer_engine", "local")
 PRECISIONS = {"bf16": None, "fp8-delayed": "delayed", "fp8-tensorwise": "tensorwise"}
-SECONDS_TO_END = 40.0
-"""torchrun gives its workers 30."""
 DESCRIPTION = """\
 Measure the training step of a NEO model on random tokens. Each implementation of the layers, in each
 precision, is an arm. Arms are measured in turn, --rounds times (A B A B A B), every measurement in a process
@@ -62,6 +56,10 @@ class Arm:
     impl: str
     precision: str
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.precision}"
+
 
 def main() -> int:
     flags = _parse()
@@ -91,79 +89,36 @@ def arms_of(implementations: Sequence[str], precisions: Sequence[str]) -> list[A
 
 def measure(flags: argparse.Namespace, results: dict[str, Any], logs: Path) -> None:
     """All rounds. The results are written to --json after every measurement."""
-    arms = [Arm(**arm) for arm in results["arms"]]
+    turns = [(number, Arm(**arm)) for number in range(flags.rounds) for arm in results["arms"]]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(arms) * flags.rounds)
-        for number in range(flags.rounds):
-            for arm in arms:
-                label = f"{arm.name} {arm.precision}"
-                if label not in results["left_out"]:
-                    progress.update(task, description=f"round {number + 1}/{flags.rounds}: {label}")
-                    log = logs / f"{label.replace(' ', '-').replace('#', '')}-round{number + 1}.log"
-                    run = measure_once(flags, arm, number, log)
-                    _take(run, label, number, results)
-                progress.advance(task)
-                if flags.json:
-                    _write(flags.json, results)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, ExitStack() as started:
+        task = progress.add_task("measuring", total=len(turns))
+        waiting = _started(flags, *turns[0], logs, started)
+        for (number, arm), following in zip(turns, [*turns[1:], None], strict=True):
+            turn, label = waiting, arm.label
+            if label in results["left_out"]:
+                turn.close()
+            else:
+                progress.update(task, description=f"round {number + 1}/{flags.rounds}: {label}")
+                turn.go()
+            # The next one imports while this one builds its model: before anything is timed.
+            waiting = following and _started(flags, *following, logs, started)
+            if label not in results["left_out"]:
+                run = {"arm": arm.name, "precision": arm.precision, "round": number, **turn.outcome(flags.timeout)}
+                _take(run, label, number, results)
+            progress.advance(task)
+            if flags.json:
+                _write(flags.json, results)
 
 
-def measure_once(flags: argparse.Namespace, arm: Arm, number: int, log: Path) -> dict[str, Any]:
-    """What the process, or the processes, of one measurement found; failures are among it."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        spec = {**_settings(flags), "impl": arm.impl, "recipe": PRECISIONS[arm.precision], "round": number,
-                # A profile disturbs nothing that is measured before it; one of each arm is enough.
-                "profile": flags.profile and number == 0, "started": time.time(), "result": str(result)}
-        begin = time.perf_counter()
-        ended = _run(_command(flags, spec), log, flags.timeout)
-        run = {"arm": arm.name, "precision": arm.precision, "round": number, "failed": {}}
-        if result.exists():
-            run |= json.loads(result.read_text(encoding="utf-8"))
-        run["seconds"] = time.perf_counter() - begin
-    if ended is not None and not run["failed"] and "left_out" not in run:
-        run["failed"]["process"] = {"reason": f"{ended}; {_last_line(log)}", "traceback": _tail(log)}
-    return run
-
-
-def _command(flags: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
-    processes = flags.tp * flags.dp
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                                          str(processes)]
-    return [sys.executable, *launcher, str(CHILD), json.dumps(spec)]
-
-
-def _run(command: list[str], log: Path, timeout_s: float) -> str | None:
-    """Run a command and all that it starts, its words going to `log`. Returns how it ended, if not well."""
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        # As the launchers set them; NVLink multicast is not needed, and not every machine allows it.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "0",
-        **{name: value for name, value in os.environ.items() if name not in own},
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    with open(log, "wb") as words:
-        process = subprocess.Popen(command, env=environment, stdout=words, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-        try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {timeout_s:.0f} s (--timeout)"
-        finally:
-            if process.poll() is None:
-                _end(process)
-    return None if code == 0 else f"exit code {code}"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """torchrun's workers are in sessions of their own: torchrun must end them, or they keep their GPUs."""
-    process.terminate()
-    try:
-        process.wait(SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _started(flags: argparse.Namespace, number: int, arm: Arm, logs: Path, started: ExitStack) -> Turn:
+    spec = {**_settings(flags), "impl": arm.impl, "recipe": PRECISIONS[arm.precision], "round": number,
+            # A profile disturbs nothing that is measured before it; one of each arm is enough.
+            "profile": flags.profile and number == 0}
+    turn = Turn(spec, logs / f"{arm.label.replace(' ', '-').replace('#', '')}-round{number + 1}.log")
+    started.callback(turn.close)
+    return turn
 
 
 def _take(run: dict[str, Any], label: str, number: int, results: dict[str, Any]) -> None:
@@ -191,15 +146,6 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(results, indent=1), encoding="utf-8")
     fresh.replace(path)
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")[-4000:]
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "nothing was said"
 
 
 def _parse() -> argparse.Namespace:

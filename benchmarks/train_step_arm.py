@@ -39,11 +39,14 @@ class LeftOut(Exception):
 def main(spec: dict[str, Any]) -> int:
     record = Record(Path(spec["result"]), spec["started"])
     warnings.filterwarnings("ignore")
-    if spec["impl"] != "transformer_engine":
+    if layers_of(spec) != "transformer_engine":
         # The engine takes Adam from Transformer Engine where it finds it: the other arms are measured as they
         # run where it is not installed.
         sys.modules["transformer_engine"] = None
     try:
+        import_all(spec)
+        record.mark("import")
+        record.leave_out(wait_for_turn(Path(spec["go"]), spec["parent"]))
         with contextlib.ExitStack() as stack:
             arm = start(spec, record, stack)
             measure(arm, spec, record)
@@ -56,6 +59,11 @@ def main(spec: dict[str, Any]) -> int:
     except Exception as error:
         record.fail("start", error)
     return 1 if record.values["failed"] else 0
+
+
+def layers_of(spec: dict[str, Any]) -> str:
+    """The arm's --transformer-impl, without the settings behind it."""
+    return spec["impl"].split("+")[0]
 
 
 class Record:
@@ -75,6 +83,10 @@ class Record:
         """Remember how many seconds after the process was asked for this point was reached."""
         self.values.setdefault("start_s", {})[name] = time.time() - self._started
         self.write()
+
+    def leave_out(self, seconds: float) -> None:
+        """Count no waiting among the seconds of `mark`."""
+        self._started += seconds
 
     def fail(self, part: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -137,17 +149,33 @@ class Arm:
             raise ArithmeticError(f"the step was skipped: gradient norm {outcome.grad_norm}")
 
 
+def import_all(spec: dict[str, Any]) -> None:
+    """What takes seconds to import and touches no GPU."""
+    if layers_of(spec) == "transformer_engine":
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise LeftOut("not installed: transformer-engine")
+        importlib.import_module("transformer_engine.pytorch")
+    for name in ("model.build", "optim.optimizer", "train.step"):
+        importlib.import_module(f"megatron.pretrain.{name}")
+
+
+def wait_for_turn(go: Path, parent: int) -> float:
+    """Until that file is there. Returns the seconds it took. ProcessLookupError if that process has gone."""
+    begin = time.time()
+    while not go.exists():
+        os.kill(parent, 0)    # a signal that is only tried
+        time.sleep(0.02)
+    return time.time() - begin
+
+
 def start(spec: dict[str, Any], record: Record, stack: contextlib.ExitStack) -> Arm:
-    """Import, build and run the first step, and note when each was done."""
-    if spec["impl"] == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        raise LeftOut("not installed: transformer-engine")
+    """Build and run the first step, and note when each was done."""
     import torch
 
     from megatron.pretrain.errors import UserError
     from megatron.pretrain.layout import placed
     from megatron.pretrain.train.step import mean_loss
 
-    record.mark("import")
     try:
         config = run_config(spec)
         place = stack.enter_context(placed(config))
@@ -171,7 +199,7 @@ def _check_kernels(spec: dict[str, Any], device_type: str) -> None:
     """Fused layers run without their packages too, by torch: such figures would be taken for theirs."""
     from megatron.pretrain.model.fused.kernels import missing_packages
 
-    if spec["impl"].startswith("fused") and device_type == "cuda" and missing_packages():
+    if layers_of(spec) == "fused" and device_type == "cuda" and missing_packages():
         raise LeftOut(f"not installed: {', '.join(missing_packages())}")
 
 
@@ -181,11 +209,12 @@ def run_config(spec: dict[str, Any]) -> Any:
     from megatron.pretrain.config import SECTIONS, ModelConfig, from_dict
 
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    layers, *options = spec["impl"].split("+")
+    layers, options = layers_of(spec), spec["impl"].split("+")[1:]
     if layers not in fields["transformer_impl"].metadata["choices"]:
         raise LeftOut(f"this version has no --transformer-impl {layers}")
     shape, tp, dp = shape_of(spec), spec["tp"], spec["dp"]
     model = {name: value for name, value in dataclasses.asdict(shape).items() if name in fields}
+    overlapped = dp > 1 and "graph" not in options
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sections["model"] = {
         **model, "group_query_attention": shape.num_query_groups < shape.num_attention_heads,
@@ -193,7 +222,7 @@ def run_config(spec: dict[str, Any]) -> Any:
         "transformer_impl": layers}
     sections["layout"] = {
         "tensor_model_parallel_size": tp, "sequence_parallel": tp > 1, "use_distributed_optimizer": True,
-        "overlap_grad_reduce": dp > 1 and "graph" not in options, "distributed_timeout_minutes": 5}
+        "overlap_grad_reduce": overlapped, "overlap_param_gather": overlapped, "distributed_timeout_minutes": 5}
     sections["tokenizer"] = {"tokenizer_type": "NullTokenizer", "vocab_size": shape.vocab_size}
     sections["data"] = {"seq_length": shape.seq_length}
     sections["optim"] = {"lr": 2e-4, "weight_decay": 0.1}
@@ -206,11 +235,11 @@ def run_config(spec: dict[str, Any]) -> Any:
 
 def _set_fp8(spec: dict[str, Any], sections: dict[str, dict[str, Any]], kinds: dict[str, type]) -> None:
     """Flags of the project's own fp8, for its own layers; the engine's fp8 is set by `engine_fp8`."""
-    if spec["recipe"] is None or spec["impl"] == "transformer_engine":
+    if spec["recipe"] is None or layers_of(spec) == "transformer_engine":
         return
     home = [name for name, kind in kinds.items()
             if {"fp8_format", "fp8_recipe"} <= {field.name for field in dataclasses.fields(kind)}]
-    if spec["impl"] == "local" or not home:
+    if layers_of(spec) == "local" or not home:
         raise LeftOut(f"--transformer-impl {spec['impl']} has no fp8")
     sections[home[0]] |= {"fp8_format": "hybrid", "fp8_recipe": spec["recipe"]}
 
@@ -225,7 +254,7 @@ def engine_fp8(spec: dict[str, Any]) -> Iterator[None]:
     def in_fp8(*arguments: Any, **named: Any) -> Any:
         return dataclasses.replace(plain(*arguments, **named), fp8="hybrid", fp8_recipe=spec["recipe"])
 
-    wanted = spec["recipe"] is not None and spec["impl"] == "transformer_engine"
+    wanted = spec["recipe"] is not None and layers_of(spec) == "transformer_engine"
     build.transformer_config = in_fp8 if wanted else plain
     try:
         yield

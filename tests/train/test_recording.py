@@ -21,6 +21,9 @@ SHAPE = ("--num-layers 2 --hidden-size 64 --ffn-hidden-size 64 --num-attention-h
          "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --enable-cuda-graph").split()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
+ON_TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+SHARDED = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--transformer-impl local", "--transformer-impl local is not recorded here; use fused"),
@@ -73,9 +76,11 @@ def test_one_by_one_is_the_schedule(tmp_path: Path, flags: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize("flags", [
     pytest.param((), marks=ON_GPU), pytest.param(("--fp8",), marks=ON_GPU),
-    pytest.param(("--calculate-per-token-loss",), marks=ON_GPU)])
+    pytest.param(("--calculate-per-token-loss",), marks=ON_GPU),
+    pytest.param(SHARDED, marks=ON_TWO_GPUS), pytest.param((*SHARDED, "--fp8"), marks=ON_TWO_GPUS)])
 def test_recorded_losses_are_the_others(tmp_path: Path, train, flags: tuple[str, ...]) -> None:
     length = ("--train-iters", 12, "--bf16", "--transformer-impl", "fused", *flags)
-    eager, recorded = train(tmp_path / "eager", *length), train(tmp_path / "graph", *length, "--enable-cuda-graph")
+    eager, recorded = (train(tmp_path / name, *length, *more, processes=2 if flags[:2] == SHARDED[:2] else 1)
+                       for name, more in (("eager", ()), ("graph", ("--enable-cuda-graph",))))
     assert recorded.losses() == pytest.approx(eager.losses(), rel=2e-3)
     assert "recorded a step's later micro-batches as a CUDA graph" in recorded.output

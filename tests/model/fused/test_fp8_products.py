@@ -7,21 +7,26 @@ e5m2 x e4m3, and 8 % where two of those follow the forward pass. Small matrices 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
 from megatron.pretrain.model.fused import fp8_products
-from megatron.pretrain.model.fused.fp8_linear import Casts, _Column, _Row
+from megatron.pretrain.model.fused.fp8_linear import Casts, _Column, _NormedColumn, _Row
 from megatron.pretrain.model.fused.fp8_mlp import _Fp8GatedMLP
-from megatron.pretrain.model.fused.linear import ready_weight
+from megatron.pretrain.model.fused.kernels import kernels_for
 from megatron.pretrain.model.fused.quantize import E4M3, E5M2, Source
 from megatron.pretrain.model.fused.scaling import AmaxHistory, CurrentScaling, DelayedScaling, Scaling
+from megatron.pretrain.model.fused.weights import ready_weight
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
 FORWARD, BACKWARD, CHAIN = 0.05, 0.07, 0.11
+STRAY = 1.5
+"""For a norm's weight: its gradient is a few dozen numbers."""
 BF16 = torch.bfloat16
 
 
@@ -50,6 +55,13 @@ def scalings(recipe: str, device: str) -> list[Scaling]:
 def casts(weight: Parameter, recipe: str = "tensorwise") -> Casts:
     first, second, third = scalings(recipe, weight.device.type)
     return Casts(weight, weight_scaling=first, inputs=second, gradient=third)
+
+
+def norm_of(hidden_size: int, device: str) -> SimpleNamespace:
+    """What a norm's module is asked for."""
+    weight = Parameter(random(hidden_size, device=device, scale=0.2) + 1)
+    weight.main_grad = torch.randn(hidden_size, device=device)
+    return SimpleNamespace(weight=weight, eps=1e-5, kernel=kernels_for(weight.device, BF16).norm)
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -92,21 +104,45 @@ def test_linear_layers(device: str, recipe: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_gated_mlp(device: str, recompute: bool) -> None:
     for length, batch, hidden, inner in SIZES if device == "cpu" else [*SIZES, (8192, 1, 3072, 8192)]:
-        inputs, upstream, residual = (random(length, batch, hidden, device=device) for _ in range(3))
+        inputs, upstream = (random(length, batch, hidden, device=device) for _ in range(2))
         up, down = parameter(2 * inner, hidden, device=device), parameter(hidden, inner, device=device)
-        exact_inputs, exact_up, exact_down = exact_copies(inputs, up, down)
-        gate, linear = (exact_inputs @ exact_up.T).chunk(2, -1)
+        norm = norm_of(hidden, device)
+        exact_inputs, exact_gain, exact_up, exact_down = exact_copies(inputs, norm.weight, up, down)
+        normed = functional.rms_norm(exact_inputs, (hidden,), exact_gain, norm.eps)
+        gate, linear = (normed @ exact_up.T).chunk(2, -1)
         exact = (functional.silu(gate) * linear) @ exact_down.T
-        gradients = torch.autograd.grad(exact, [exact_inputs, exact_up, exact_down], upstream.double())
-        before = [weight.main_grad.clone() for weight in (up, down)]
-        leaf, added = inputs.clone().requires_grad_(), residual.clone().requires_grad_()
-        out = _Fp8GatedMLP.apply(leaf, added, up, down, casts(up), casts(down), None, False, recompute)
+        gradients = torch.autograd.grad(exact, [exact_inputs, exact_gain, exact_up, exact_down], upstream.double())
+        before = [weight.main_grad.clone() for weight in (norm.weight, up, down)]
+        leaf = inputs.clone().requires_grad_()
+        out = _Fp8GatedMLP.apply(leaf, norm.weight, up, down, norm, casts(up), casts(down), None, False, recompute)
         out.backward(upstream)
-        assert error(out, exact + residual.double()) < CHAIN
-        ours = (leaf.grad, *(weight.main_grad - was for weight, was in zip((up, down), before, strict=True)))
-        for mine, right in zip(ours, gradients, strict=True):
-            assert error(mine, right) < CHAIN
-        assert torch.equal(added.grad, upstream)
+        assert error(out.double() - inputs.double(), exact) < CHAIN
+        grown = (weight.main_grad - was for weight, was in zip((norm.weight, up, down), before, strict=True))
+        ours = (leaf.grad.double() - upstream.double(), *grown)
+        for mine, right, bound in zip(ours, gradients, (CHAIN, STRAY * CHAIN, CHAIN, CHAIN), strict=True):
+            assert error(mine, right) < bound
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_linear_layer_of_a_norm(device: str, recipe: str) -> None:
+    for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:
+        hidden, d_residual = (random(length, batch, inner, device=device) for _ in range(2))
+        norm, weight = norm_of(inner, device), parameter(outer, inner, device=device)
+        upstream = random(length, batch, outer, device=device)
+        exact_hidden, exact_gain, exact_weight = exact_copies(hidden, norm.weight, weight)
+        exact = functional.rms_norm(exact_hidden, (inner,), exact_gain, norm.eps) @ exact_weight.T
+        gradients = torch.autograd.grad(exact, [exact_hidden, exact_gain, exact_weight], upstream.double())
+        before = [each.main_grad.clone() for each in (norm.weight, weight)]
+        leaf = hidden.clone().requires_grad_()
+        out, residual = _NormedColumn.apply(leaf, norm.weight, weight, norm, casts(weight, recipe), None, False)
+        torch.autograd.backward([out, residual], [upstream, d_residual])
+        assert torch.equal(residual, hidden)
+        assert error(out, exact) < FORWARD
+        grown = (each.main_grad - was for each, was in zip((norm.weight, weight), before, strict=True))
+        ours = (leaf.grad.double() - d_residual.double(), *grown)
+        for mine, right, bound in zip(ours, gradients, (BACKWARD, STRAY * BACKWARD, BACKWARD), strict=True):
+            assert error(mine, right) < bound
 
 
 def test_a_weight_is_cast_once_a_step() -> None:

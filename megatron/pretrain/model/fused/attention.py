@@ -10,35 +10,40 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron.pretrain.model.fused.kernels import kernels_for
+from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
 # Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
 FLASH_BACKWARD_HEAD_DIM = 192
 
 
 class FusedSelfAttention(SelfAttention):
-    """The engine's self-attention with the residual added in the output projection."""
+    """The engine's self-attention behind its norm, with the residual added in the output projection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kernels = kernels_for(self.linear_qkv.weight.device, self.config.params_dtype)
 
-    def forward(self, normed: Tensor, residual: Tensor, angles: Tensor) -> Tensor:
-        """normed and residual [s, b, h] (shards with sequence parallelism), angles [s, 1, 1, d] -> [s, b, h]."""
-        mixed = self._packed_heads(normed)
+    def forward(self, hidden: Tensor, norm: FusedRMSNorm, angles: Tensor) -> Tensor:
+        """hidden [s, b, h] (a shard of s with sequence parallelism), angles [s, 1, 1, d] -> as hidden."""
+        mixed, residual = self._packed_heads(hidden, norm)
         if self.kernels.attention == "torch":
             context = torch_rotary_attention(mixed, angles)
         else:
             context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode)
         return self.linear_proj(context, residual)
 
-    def _packed_heads(self, normed: Tensor) -> Tensor:
-        """[s, b, groups, query heads of a group + 2, d] on this rank: each group's queries, its key, its value."""
+    def _packed_heads(self, hidden: Tensor, norm: FusedRMSNorm) -> tuple[Tensor, Tensor]:
+        """This rank's heads [s, b, groups, query heads of a group + 2, d], and the residual [s, b, h].
+
+        Of each group its queries, its key, its value.
+        """
         if self.config.num_query_groups < self.world_size:  # ranks share a group: the engine cuts it for us
+            normed, residual = norm.branch(hidden)
             query, key, value = self.get_query_key_value_tensors(normed)
-            return torch.cat([query, key, value], dim=2).unsqueeze(2)
-        mixed, _ = self.linear_qkv(normed)
+            return torch.cat([query, key, value], dim=2).unsqueeze(2), residual
+        mixed, residual = self.linear_qkv.after(norm, hidden)
         heads = self.num_attention_heads_per_partition // self.num_query_groups_per_partition + 2
-        return mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, heads, -1)
+        return mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, heads, -1), residual
 
 
 def torch_rotary_attention(mixed: Tensor, angles: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from torch.nn import Parameter
 from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.fp8_products import add_product, input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear
-from megatron.pretrain.model.fused.quantize import Quantized, Source, transpose
+from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
+from megatron.pretrain.model.fused.quantize import Normed, Quantized, Source, inverse_rms, transpose
 from megatron.pretrain.model.fused.scaling import Scaling
+from megatron.pretrain.model.fused.weights import ready_weight
 
 
 class Casts:
@@ -43,6 +45,11 @@ class Fp8ColumnLinear(ColumnLinear):
 
     casts: Casts
 
+    def after(self, norm: FusedRMSNorm, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        return _NormedColumn.apply(hidden, ready_weight(norm), ready_weight(self), norm, self.casts, group,
+                                   self.sequence_parallel)
+
     def _forward_impl(self, input: Tensor, weight: Parameter, *, allreduce_dgrad: bool,  # noqa: A002
                       sequence_parallel: bool, tp_group: dist.ProcessGroup | None, **_: object) -> Tensor:
         group = tp_group if allreduce_dgrad or sequence_parallel else None
@@ -66,8 +73,8 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Parameter, casts: Casts, group: dist.ProcessGroup | None,
                 sequence_parallel: bool) -> Tensor:
-        cast, out = cast_and_multiply(inputs, casts.inputs, group if sequence_parallel else None, weight.size(0),
-                                      partial(product, casts.weight()))
+        cast, out = cast_and_multiply(rows_of(inputs), inputs, casts.inputs, group if sequence_parallel else None,
+                                      weight.size(0), partial(product, casts.weight()))
         ctx.save_for_backward(weight, *kept(cast))
         ctx.casts, ctx.group, ctx.sequence_parallel = casts, group, sequence_parallel
         return out
@@ -75,10 +82,37 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        cast = ctx.casts.gradient.quantize(rows_of(gradient))
-        reduced = reduced_gradient(cast, ctx.casts.weight(), gradient, ctx.group, ctx.sequence_parallel)
-        d_weight = weight_gradient(weight, cast, restored(*inputs))
-        return reduced.wait(), d_weight, None, None, None
+        return *_column_gradients(ctx, gradient, weight, restored(*inputs)), None, None, None
+
+
+class _NormedColumn(torch.autograd.Function):
+    """`_Column` of a norm whose output exists in fp8 alone. Returns the norm's input too, as the residual."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gain: Parameter, weight: Parameter, norm: FusedRMSNorm, casts: Casts,
+                group: dist.ProcessGroup | None, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+        source = normed(hidden, gain, norm.eps)
+        cast, out = cast_and_multiply(source, hidden, casts.inputs, group if sequence_parallel else None,
+                                      weight.size(0), partial(product, casts.weight()))
+        ctx.save_for_backward(hidden, gain, source.inverse_rms, weight, *kept(cast))
+        ctx.kernel, ctx.casts, ctx.group, ctx.sequence_parallel = norm.kernel, casts, group, sequence_parallel
+        ctx.set_materialize_grads(False)
+        return out, hidden
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, gain, inverse_rms, weight, *inputs = ctx.saved_tensors
+        d_normed, d_weight = _column_gradients(ctx, gradient, weight, restored(*inputs))
+        d_hidden, d_gain = norm_gradients(hidden, d_normed, d_residual, gain, inverse_rms, ctx.kernel)
+        return d_hidden, d_gain, d_weight, None, None, None, None
+
+
+def _column_gradients(ctx: Any, gradient: Tensor, weight: Parameter, inputs: Quantized) -> tuple[Tensor, Tensor]:
+    """Of a column-parallel layer's inputs and weight."""
+    cast = ctx.casts.gradient.quantize(rows_of(gradient))
+    reduced = reduced_gradient(cast, ctx.casts.weight(), gradient, ctx.group, ctx.sequence_parallel)
+    d_weight = weight_gradient(weight, cast, inputs)
+    return reduced.wait(), d_weight
 
 
 class _Row(torch.autograd.Function):
@@ -94,20 +128,20 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         cast, d_inputs = cast_and_multiply(
-            gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None, weight.size(1),
+            rows_of(gradient), gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None, weight.size(1),
             partial(input_gradient, ctx.casts.weight()))
         d_weight = weight_gradient(weight, cast, restored(*inputs))
         return d_inputs, gradient, d_weight, None, None, None
 
 
-def cast_and_multiply(values: Tensor, scaling: Scaling, group: dist.ProcessGroup | None, width: int,
+def cast_and_multiply(source: Source, values: Tensor, scaling: Scaling, group: dist.ProcessGroup | None, width: int,
                       multiply: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Quantized, Tensor]:
-    """Cast values [s, b, features], with a group each rank its shard of s, and multiply the whole of them.
+    """Cast the rows of values [s, b, features], with a group each rank its shard of s, and multiply the whole.
 
     multiply(rows, inverse, out) is given fp8 [tokens, features] x inverse and out [tokens, width]. What travels
     is fp8. Returns the cast of the whole and the product [s, b, width].
     """
-    cast = scaling.quantize(rows_of(values), group)
+    cast = scaling.quantize(source, group)
     length = values.size(0) * (group.size() if group else 1)
     out = values.new_empty(length, values.size(1), width)
     if group is None:
@@ -148,6 +182,12 @@ def project(inputs: Quantized, weight: Quantized, residual: Tensor, group: dist.
 def rows_of(values: Tensor) -> Source:
     """[s, b, features] as the rows that are cast."""
     return Source(values.flatten(0, 1).contiguous())
+
+
+def normed(hidden: Tensor, gain: Parameter, eps: float) -> Normed:
+    """The RMSNorm of hidden [s, b, features] as the rows that are cast."""
+    rows = hidden.flatten(0, 1).contiguous()
+    return Normed(rows, gain.detach(), inverse_rms(rows, eps))
 
 
 def kept(cast: Quantized) -> tuple[Tensor, Tensor]:

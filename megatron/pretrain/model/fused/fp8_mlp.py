@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.fp8_linear import (
-    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, project, reduced_gradient, restored)
+    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, normed, project, reduced_gradient, restored,
+    rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
-from megatron.pretrain.model.fused.linear import ready_weight
+from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
 from megatron.pretrain.model.fused.quantize import Gated, GatedGradient
+from megatron.pretrain.model.fused.weights import ready_weight
 
 
 class Fp8GatedMLP(MLP):
@@ -27,32 +29,35 @@ class Fp8GatedMLP(MLP):
                          ffn_hidden_size=config.ffn_hidden_size)
         self.recompute = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
 
-    def forward(self, normed: Tensor, residual: Tensor) -> Tensor:
-        """normed and residual [s, b, h] (a shard of s with sequence parallelism) -> [s, b, h]."""
+    def forward(self, hidden: Tensor, norm: FusedRMSNorm) -> Tensor:
+        """hidden [s, b, h] (a shard of s with sequence parallelism) -> its like."""
         group = self.tp_group if self.tp_group.size() > 1 else None
         return _Fp8GatedMLP.apply(
-            normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2),
+            hidden, *(ready_weight(part) for part in (norm, self.linear_fc1, self.linear_fc2)), norm,
             self.linear_fc1.casts, self.linear_fc2.casts, group, self.config.sequence_parallel, self.recompute)
 
 
 class _Fp8GatedMLP(torch.autograd.Function):
-    """Keeps input and activation as fp8 transposes, and the halves; with `recompute` the input alone."""
+    """hidden + the MLP of its norm. Keeps the hidden state, the norm and the activation as fp8 transposes, and
+    the halves; with `recompute` the norm in fp8 both ways round in place of these."""
 
     @staticmethod
-    def forward(ctx: Any, normed: Tensor, residual: Tensor, up: Parameter, down: Parameter, up_casts: Casts,
-                down_casts: Casts, group: dist.ProcessGroup | None, sequence_parallel: bool,
+    def forward(ctx: Any, hidden: Tensor, gain: Parameter, up: Parameter, down: Parameter, norm: FusedRMSNorm,
+                up_casts: Casts, down_casts: Casts, group: dist.ProcessGroup | None, sequence_parallel: bool,
                 recompute: bool) -> Tensor:
-        inputs, halves = cast_and_multiply(normed, up_casts.inputs, group if sequence_parallel else None,
+        source = normed(hidden, gain, norm.eps)
+        inputs, halves = cast_and_multiply(source, hidden, up_casts.inputs, group if sequence_parallel else None,
                                            up.size(0), partial(product, up_casts.weight()))
         activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)))
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
+        ctx.kernel = norm.kernel
         remade = (inputs.data,) if recompute else (halves, *kept(activated))
-        ctx.save_for_backward(up, down, *kept(inputs), *remade)
-        return project(activated, down_casts.weight(), residual, group, sequence_parallel)
+        ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, *kept(inputs), *remade)
+        return project(activated, down_casts.weight(), hidden, group, sequence_parallel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        up, down, transposed, inverse, *rest = ctx.saved_tensors
+        hidden, gain, inverse_rms, up, down, transposed, inverse, *rest = ctx.saved_tensors
         up_casts, down_casts = ctx.casts
         inputs = restored(transposed, inverse)
         if len(rest) == 1:
@@ -62,7 +67,7 @@ class _Fp8GatedMLP(torch.autograd.Function):
         else:
             halves, activated = rest[0].flatten(0, 1), restored(*rest[1:])
         d_output, d_activated = cast_and_multiply(
-            gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None, down.size(1),
+            rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None, down.size(1),
             partial(input_gradient, down_casts.weight()))
         d_down = weight_gradient(down, d_output, activated)
         d_halves = up_casts.gradient.quantize(GatedGradient(halves, d_activated.flatten(0, 1)))
@@ -70,4 +75,5 @@ class _Fp8GatedMLP(torch.autograd.Function):
         reduced = reduced_gradient(d_halves, up_casts.weight(), d_activated, ctx.group, ctx.sequence_parallel)
         del d_activated
         d_up = weight_gradient(up, d_halves, inputs)
-        return reduced.wait(), gradient, d_up, d_down, None, None, None, None, None
+        d_hidden, d_gain = norm_gradients(hidden, reduced.wait(), gradient, gain, inverse_rms, ctx.kernel)
+        return d_hidden, d_gain, d_up, d_down, None, None, None, None, None, None

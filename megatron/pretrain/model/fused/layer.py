@@ -1,4 +1,4 @@
-"""One transformer layer of the `fused` spec: norm, attention, norm, MLP, each adding to the residual itself."""
+"""One transformer layer of the `fused` spec: attention and MLP, which call their norms and add the residual."""
 
 from __future__ import annotations
 
@@ -13,7 +13,5 @@ class FusedTransformerLayer(TransformerLayer):
                 context_mask: None = None, rotary_pos_emb: Tensor | None = None,
                 **_: object) -> tuple[Tensor, None]:
         """hidden_states [s, b, h] -> ([s, b, h], None); attention is causal, so there is no mask to read."""
-        normed, residual = self.input_layernorm.branch(hidden_states)
-        hidden = self.self_attention(normed, residual, rotary_pos_emb)
-        normed, residual = self.pre_mlp_layernorm.branch(hidden)
-        return self.mlp(normed, residual), None
+        hidden = self.self_attention(hidden_states, self.input_layernorm, rotary_pos_emb)
+        return self.mlp(hidden, self.pre_mlp_layernorm), None

@@ -14,20 +14,10 @@ from torch.nn import Parameter
 from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.gate import gate_for
 from megatron.pretrain.model.fused.kernels import kernels_for
+from megatron.pretrain.model.fused.norm import FusedRMSNorm
 from megatron.pretrain.model.fused.products import weight_gradient
 
 AddProduct = Callable[[Tensor, Parameter, Tensor, Tensor], None]
-
-
-def ready_weight(module: torch.nn.Module) -> Parameter:
-    """The weight of a module whose forward pass is not called.
-
-    With --overlap-param-gather the engine waits for a module's weights in a hook before that call: elsewhere the
-    weight may still be the last step's, or in the middle of its collective.
-    """
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())
-    return module.weight
 
 
 class Linear(torch.autograd.Function):
@@ -77,6 +67,11 @@ class ColumnLinear(ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Parameter, **kwargs: Any) -> Tensor:  # noqa: A002
         return linear(input=input, weight=weight, **kwargs)
+
+    def after(self, norm: FusedRMSNorm, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [s, b, in] (a shard of s with sequence parallelism) -> (this layer of its norm, the residual)."""
+        normed, residual = norm.branch(hidden)
+        return self(normed)[0], residual
 
 
 class RowLinear(RowParallelLinear):

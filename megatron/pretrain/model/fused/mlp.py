@@ -14,8 +14,10 @@ from torch.nn import Parameter
 from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.gate import Gate, gate_for
 from megatron.pretrain.model.fused.kernels import kernels_for
-from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, project, ready_weight
+from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, project
+from megatron.pretrain.model.fused.norm import FusedRMSNorm
 from megatron.pretrain.model.fused.products import weight_gradient
+from megatron.pretrain.model.fused.weights import ready_weight
 
 
 class GatedMLP(MLP):
@@ -27,8 +29,9 @@ class GatedMLP(MLP):
         self.gate = gate_for(kernels_for(self.linear_fc1.weight.device, config.params_dtype))
         self.recompute = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
 
-    def forward(self, normed: Tensor, residual: Tensor) -> Tensor:
-        """normed and residual [s, b, h] (a shard of s with sequence parallelism) -> [s, b, h]."""
+    def forward(self, hidden: Tensor, norm: FusedRMSNorm) -> Tensor:
+        """hidden [s, b, h] (a shard of s with sequence parallelism) -> its like."""
+        normed, residual = norm.branch(hidden)
         group = self.tp_group if self.tp_group.size() > 1 else None
         return _GatedMLP.apply(normed, residual, ready_weight(self.linear_fc1), ready_weight(self.linear_fc2),
                                self.gate, group, self.config.sequence_parallel, self.recompute)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.kernels import kernels_for
-from megatron.pretrain.model.fused.linear import ready_weight
 from megatron.pretrain.model.fused.products import deliver
+from megatron.pretrain.model.fused.weights import ready_weight
 from megatron.pretrain.model.layers import RMSNorm
 
 
@@ -45,11 +45,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_normed: Tensor, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, inverse_rms = ctx.saved_tensors
-        rows = [None if part is None else part.flatten(0, -2).contiguous()
-                for part in (hidden, d_normed, d_residual)]
-        d_hidden, d_weight = (_quack_backward if ctx.kernel == "quack" else _torch_backward)(
-            *rows, weight, inverse_rms)
-        return d_hidden.view(hidden.shape), deliver(weight, d_weight), None, None
+        return *norm_gradients(hidden, d_normed, d_residual, weight, inverse_rms, ctx.kernel), None, None
+
+
+def norm_gradients(hidden: Tensor, d_normed: Tensor, d_residual: Tensor | None, weight: Parameter,
+                   inverse_rms: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """The gradient of hidden [..., h], the residual's added to it, and the weight's as autograd takes it."""
+    rows = [None if part is None else part.flatten(0, -2).contiguous()
+            for part in (hidden, d_normed, d_residual)]
+    d_hidden, d_weight = (_quack_backward if kernel == "quack" else _torch_backward)(*rows, weight, inverse_rms)
+    return d_hidden.view(hidden.shape), deliver(weight, d_weight)
 
 
 def _torch_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:
