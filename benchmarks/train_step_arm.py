@@ -50,6 +50,7 @@ def main(spec: dict[str, Any]) -> int:
         with contextlib.ExitStack() as stack:
             arm = start(spec, record, stack)
             measure(arm, spec, record)
+            release(arm)
             # Ranks leave the group together; where a part has failed on some of them, they could not.
             if record.values["failed"]:
                 record.write()
@@ -330,12 +331,20 @@ def measure(arm: Arm, spec: dict[str, Any], record: Record) -> None:
                 return
 
 
+def release(arm: Arm) -> None:
+    """What the trainer does after its last step."""
+    from megatron.pretrain.train.step import release
+
+    release(arm.chunks)
+
+
 def kept_for_backward(arm: Arm) -> dict[str, Any]:
     """GiB that a micro-batch's forward pass leaves allocated for its backward pass: in all, and by one layer."""
     import torch
     from megatron.core.utils import unwrap_model
 
     from megatron.pretrain.model.fused.fp8_model import fp8_states
+    from megatron.pretrain.train.step import meet_peers
 
     [chunk] = arm.chunks
     allocated: list[int] = []
@@ -347,6 +356,7 @@ def kept_for_backward(arm: Arm) -> dict[str, Any]:
         state.begin_step()
     tokens, labels = (torch.from_numpy(each).to(arm.place.device) for each in (arm.batch.tokens, arm.batch.labels))
     hooks = [layer.register_forward_hook(note) for layer in unwrap_model(chunk).decoder.layers]
+    meet_peers()
     try:
         note()
         losses = chunk(tokens, position_ids=None, attention_mask=None, labels=labels)

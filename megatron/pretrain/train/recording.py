@@ -59,6 +59,13 @@ class Recording:
             weight.grad_added_to_main_grad = True
         return report.clone()
 
+    def close(self) -> None:
+        """Let the graphs go. NCCL does not leave a group whose collectives a graph still holds: it would wait for ever."""
+        torch.cuda.synchronize()
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def _record(self, inputs: Mapping[str, Tensor], first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if not self._inputs:
             self._inputs = {name: _on_gpu(tensor) for name, tensor in inputs.items()}

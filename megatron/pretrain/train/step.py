@@ -71,10 +71,23 @@ def record(chunk: DistributedDataParallel, micro_batches: int) -> None:
     model.recording = Recording(partial(_one_micro_batch, chunk, micro_batches), model.accumulated_weights())
 
 
+def release(chunks: Chunks) -> None:
+    """After the last step, and before the process groups are left: let go what holds their collectives."""
+    for chunk in chunks:
+        if (recording := getattr(unwrap_model(chunk), "recording", None)) is not None:
+            recording.close()
+
+
 def end_step(chunks: Chunks) -> None:
     """After the optimizer's step: what the next one needs to know of this one's numbers."""
     for state in fp8_states(chunks):
         state.end_step(parallel_state.get_amax_reduction_group(with_context_parallel=True))
+
+
+def meet_peers() -> None:
+    """Before tensor-parallel ranks do what they did at another time, in another order, or as a graph."""
+    if (peers := peer_memory(parallel_state.get_tensor_model_parallel_group())) is not None:
+        peers.meet()
 
 
 def mean_loss(total: Tensor) -> float:
@@ -94,7 +107,7 @@ def take(loader: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
 
 def _scheduled(chunks: Chunks, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> list[Tensor]:
     """Micro-batches by the engine's schedule; a report of each."""
-    _meet_peers()
+    meet_peers()
     size, length = micro_batches[0].tokens.shape
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step, data_iterator=_iterators(chunks, micro_batches), model=chunks,
@@ -115,7 +128,7 @@ def _replayed(chunk: DistributedDataParallel, recording: Recording,
 
 def _one_micro_batch(chunk: DistributedDataParallel, micro_batches: int, inputs: Mapping[str, Tensor]) -> Tensor:
     """Forward and backward of one of a step's micro-batches by the engine's schedule; nothing is finished."""
-    _meet_peers()
+    meet_peers()
     engine = get_model_config(chunk)
     size, length = inputs["tokens"].shape
     finish, engine.finalize_model_grads_func = engine.finalize_model_grads_func, None
@@ -126,12 +139,6 @@ def _one_micro_batch(chunk: DistributedDataParallel, micro_batches: int, inputs:
     finally:
         engine.finalize_model_grads_func = finish
     return reports[0]["loss"]
-
-
-def _meet_peers() -> None:
-    """Before tensor-parallel ranks do what they did at another time, in another order, or as a graph."""
-    if (peers := peer_memory(parallel_state.get_tensor_model_parallel_group())) is not None:
-        peers.meet()
 
 
 def _iterators(chunks: Chunks, micro_batches: Sequence[MicroBatch]) -> Any:

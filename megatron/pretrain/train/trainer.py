@@ -15,7 +15,7 @@ from megatron.pretrain.optim.optimizer import StepOutcome, apply_schedule, step
 from megatron.pretrain.train.evaluate import evaluate
 from megatron.pretrain.train.report import Reporter
 from megatron.pretrain.train.run import Run
-from megatron.pretrain.train.step import end_step, forward_backward, mean_loss, take
+from megatron.pretrain.train.step import end_step, forward_backward, mean_loss, release, take
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def train(run: Run, reporter: Reporter) -> None:
                 reason = (stop.reason or "asked on another rank") if asked else "--exit-interval"
                 logger.info("leaving at iteration %d of %d (%s)", state.iteration, config.train_iters, reason)
                 break
+    release(run.chunks)
 
 
 def total_samples(run: Run) -> int:

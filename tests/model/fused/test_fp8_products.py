@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from megatron.pretrain.model.fused import fp8_products
+from megatron.pretrain.model.fused import cublaslt, fp8_products
 from megatron.pretrain.model.fused.fp8_linear import Casts, _Column, _NormedColumn, _Row
 from megatron.pretrain.model.fused.fp8_mlp import _Fp8GatedMLP
 from megatron.pretrain.model.fused.kernels import kernels_for
@@ -74,6 +74,8 @@ def exact_copies(*tensors: Tensor) -> list[Tensor]:
 
 SIZES = [(1, 16, 16, 32), (34, 8, 64, 48)]
 LARGE = [*SIZES, (8192, 1, 3072, 9216)]
+NORMED = [(7, 16, 48, 32), (34, 8, 64, 48)]
+"""The gradient that passes a norm lacks the hidden state's direction, which of 16 features would be much."""
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
@@ -103,7 +105,7 @@ def test_linear_layers(device: str, recipe: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_gated_mlp(device: str, recompute: bool) -> None:
-    for length, batch, hidden, inner in SIZES if device == "cpu" else [*SIZES, (8192, 1, 3072, 8192)]:
+    for length, batch, hidden, inner in NORMED if device == "cpu" else [*NORMED, (8192, 1, 3072, 8192)]:
         inputs, upstream = (random(length, batch, hidden, device=device) for _ in range(2))
         up, down = parameter(2 * inner, hidden, device=device), parameter(hidden, inner, device=device)
         norm = norm_of(hidden, device)
@@ -126,7 +128,7 @@ def test_gated_mlp(device: str, recompute: bool) -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_linear_layer_of_a_norm(device: str, recipe: str) -> None:
-    for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:
+    for length, batch, inner, outer in NORMED if device == "cpu" else [*NORMED, (8192, 1, 3072, 9216)]:
         hidden, d_residual = (random(length, batch, inner, device=device) for _ in range(2))
         norm, weight = norm_of(inner, device), parameter(outer, inner, device=device)
         upstream = random(length, batch, outer, device=device)
@@ -209,6 +211,24 @@ def test_cublaslt_adds_a_residual(tokens: int, inner: int, outer: int) -> None:
     residual = random(tokens, outer, device="cuda")
     ours, plain = (fp8_products.add_product(residual, inputs, weight, direct=direct) for direct in (True, False))
     assert error(ours, plain.double()) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows, columns, depth, fast", [
+    (48, 32, 16, True), (8192, 9216, 3072, True), (8192, 3072, 3072, True), (2048, 2560, 8192, False)])
+def test_the_algorithm_that_is_chosen_changes_no_bit(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int,
+                                                     depth: int, fast: bool) -> None:
+    a = CurrentScaling(E4M3).quantize(Source(random(rows, depth, device="cuda")))
+    b = CurrentScaling(E4M3).quantize(Source(random(columns, depth, device="cuda")))
+    results = []
+    for proposals in (1, 8):
+        monkeypatch.setattr(cublaslt, "PROPOSALS", proposals)
+        cublaslt._plan.cache_clear()
+        for _ in range(2):    # the second finds its algorithm chosen
+            results.append(torch.full((rows, columns), torch.nan, dtype=BF16, device="cuda"))
+            fp8_products.fp8_product(a.data, b.data, a.inverse, b.inverse, results[-1], fast_accumulation=fast)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
 @pytest.mark.gpu

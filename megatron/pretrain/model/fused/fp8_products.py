@@ -1,4 +1,4 @@
-"""The three products of a linear layer in fp8, by torch's scaled product or cuBLASLt's; in fp32 on a CPU.
+"""The three products of a linear layer in fp8, by cuBLASLt; in fp32 on a CPU.
 
 All dimensions are multiples of 16. The forward product accumulates fast, in the matrix unit's own precision
 of about 14 bits; gradients are promoted to fp32 as they are summed.
@@ -70,7 +70,6 @@ def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out:
                 fast_accumulation: bool) -> None:
     """out [m, n] = (a [m, k] @ b [n, k]^T) * a_inverse * b_inverse; a and b fp8, inverses fp32 scalars."""
     if a.is_cuda:
-        torch._scaled_mm(a, b.T, a_inverse, b_inverse, out_dtype=out.dtype, use_fast_accum=fast_accumulation,
-                         out=out)
+        cublaslt.add_product(out, a, b, a_inverse, b_inverse, out, fast_accumulation=fast_accumulation, replace=True)
     else:
         out.copy_(a.float() @ b.float().T * (a_inverse * b_inverse))

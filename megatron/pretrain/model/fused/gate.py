@@ -17,6 +17,9 @@ from megatron.pretrain.model.fused import products
 from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 
 
+SHORT_SUM = 4096
+
+
 class Gate(Protocol):
     """The five products of a gated MLP that know the order of `halves`, for weights up [2 f, h], down [h, f]."""
 
@@ -105,7 +108,10 @@ class QuackGate:
         return products.delivered(up)
 
     def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
-        _product(inputs, weight.detach().T, out, C=added, config=_tile(128, 256, False, (2, 1)))
+        # Short sums end often: in ping-pong one tile is written while the next is computed.
+        short = inputs.size(-1) <= SHORT_SUM and weight.size(0) % 192 == 0
+        config = _tile(128, 192, True, (2, 1)) if short else _tile(128, 256, False, (1, 2))
+        _product(inputs, weight.detach().T, out, C=added, config=config)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:
