@@ -60,7 +60,7 @@ class Recording:
         return report.clone()
 
     def close(self) -> None:
-        """Let the graphs go. NCCL does not leave a group whose collectives a graph still holds: it would wait for ever."""
+        """Let the graphs go: NCCL waits for ever when it is to leave a group whose collectives a graph still holds."""
         torch.cuda.synchronize()
         for graph, _ in self._graphs.values():
             graph.reset()

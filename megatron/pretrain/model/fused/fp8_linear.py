@@ -128,8 +128,8 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         cast, d_inputs = cast_and_multiply(
-            rows_of(gradient), gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None, weight.size(1),
-            partial(input_gradient, ctx.casts.weight()))
+            rows_of(gradient), gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None,
+            weight.size(1), partial(input_gradient, ctx.casts.weight()))
         d_weight = weight_gradient(weight, cast, restored(*inputs))
         return d_inputs, gradient, d_weight, None, None, None
 

@@ -67,8 +67,8 @@ class _Fp8GatedMLP(torch.autograd.Function):
         else:
             halves, activated = rest[0].flatten(0, 1), restored(*rest[1:])
         d_output, d_activated = cast_and_multiply(
-            rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None, down.size(1),
-            partial(input_gradient, down_casts.weight()))
+            rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None,
+            down.size(1), partial(input_gradient, down_casts.weight()))
         d_down = weight_gradient(down, d_output, activated)
         d_halves = up_casts.gradient.quantize(GatedGradient(halves, d_activated.flatten(0, 1)))
         del rest, halves, activated
