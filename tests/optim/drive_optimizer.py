@@ -1,8 +1,9 @@
 """Run by test_optimizer.py under torchrun: drives each optimizer, and says what became of its state.
 
-    torchrun --nproc_per_node 2 drive_optimizer.py TENSOR_PARALLEL_SIZE FOLDER torch|triton
+    torchrun --nproc_per_node 2 drive_optimizer.py TENSOR_PARALLEL_SIZE FOLDER torch|triton|by_group
 
-With triton the update is the kernel of a GPU, in Triton's interpreter.
+With triton the update is the kernel of a GPU, in Triton's interpreter; with by_group it is an Adam that counts as
+apex's and Transformer Engine's do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 
 if sys.argv[3] == "triton":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+if sys.argv[3] == "by_group":
+    from counts_by_group import stand_in
+
+    stand_in()
 
 import torch
 import torch.distributed as dist
@@ -145,8 +150,10 @@ def snapshot(chunks: list, optimizer: Any) -> list[list[float]]:
 
 
 def states(optimizer: Any) -> list[dict[str, torch.Tensor]]:
-    return [part.optimizer.state[parameter] for part in parts(optimizer)
-            for group in part.optimizer.param_groups for parameter in group["params"]]
+    """Each parameter's, with the count of its group where the group counts."""
+    return [{**{name: torch.tensor(float(group[name])) for name in ("step",) if name in group},
+             **part.optimizer.state[parameter]}
+            for part in parts(optimizer) for group in part.optimizer.param_groups for parameter in group["params"]]
 
 
 def manifest_of(config: RunConfig) -> Manifest:

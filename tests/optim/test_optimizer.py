@@ -14,8 +14,8 @@ import pytest
 VARIANTS = ("fp32 plain", "fp32 distributed", "bf16 plain", "bf16 distributed")
 
 
-@pytest.fixture(scope="module", params=[(1, "torch"), (2, "torch"), (1, "triton")],
-                ids=["DP2", "TP2", "DP2 with the GPU's kernel"])
+@pytest.fixture(scope="module", params=[(1, "torch"), (2, "torch"), (1, "triton"), (1, "by_group")],
+                ids=["DP2", "TP2", "DP2 with the GPU's kernel", "DP2 with counts by group"])
 def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_tool) -> dict:
     """What each rank found for each variant."""
     ranks, kernel = request.param

@@ -54,14 +54,15 @@ def load_tensors(optimizer: MegatronOptimizer, loaded: dict[str, Any], updates: 
     if isinstance(part, DistributedOptimizer):
         state["param_state"] = loaded["param_state"]
         state["param_state_sharding_type"] = SHARDING["distrib_optim_sharding_type"]
-        _set_step(state["optimizer"]["param_groups"], updates)
+        _set_step(part, state["optimizer"]["param_groups"], updates)
     else:
         is_mixed = isinstance(part, Float16OptimizerWithFloat16Params)
         inner = state["optimizer"] if is_mixed else state
         for number, moments in loaded["moments"].items():
             inner["state"][number] = {**inner["state"][number], **moments}
-        inner["state"]["common_step"] = torch.tensor(float(updates))
-        _set_step(inner["param_groups"], updates)
+        if _counts_by_parameter(part):
+            inner["state"]["common_step"] = torch.tensor(float(updates))
+        _set_step(part, inner["param_groups"], updates)
         if is_mixed:
             state["fp32_from_fp16_params"] = loaded["masters"]
     part.load_state_dict(state)
@@ -106,11 +107,19 @@ def _canonical(param_state: dict[int, dict[str, Any]], *, has_master: bool) -> d
     return param_state
 
 
-def _set_step(param_groups: list[dict[str, Any]], updates: int) -> None:
-    """Where an optimizer counts its updates by parameter group, set the count."""
+def _set_step(part: MegatronOptimizer, param_groups: list[dict[str, Any]], updates: int) -> None:
+    """Where updates are counted by parameter group, set the count.
+
+    Adam of Transformer Engine and of apex counts so, and has no count before its first update: a resumed run would
+    begin at 1, whose bias correction would make its next updates up to 2.2 times as long.
+    """
     for group in param_groups:
-        if "step" in group:
-            group["step"] = type(group["step"])(updates)
+        if "step" in group or not _counts_by_parameter(part):
+            group["step"] = type(group.get("step", 0))(updates)
+
+
+def _counts_by_parameter(part: MegatronOptimizer) -> bool:
+    return isinstance(part.optimizer, torch.optim.AdamW)
 
 
 def _prime(part: MegatronOptimizer) -> None:
@@ -128,7 +137,7 @@ def _unshare_steps(part: MegatronOptimizer) -> None:
 
 def _torch_states(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Each parameter that torch's AdamW updates, with its state; nothing where the optimizer is another's."""
-    if isinstance(part.optimizer, torch.optim.AdamW):
+    if _counts_by_parameter(part):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter, part.optimizer.state[parameter]
