@@ -27,7 +27,7 @@ DESCRIPTION = """\
 Measure the training step of a NEO model on random tokens. Each implementation of the layers, in each
 precision, is an arm. Arms are measured in turn, --rounds times (A B A B A B), every measurement in a process
 of its own, or one a GPU, which builds model and optimizer as pretrain_gpt.py does: fp32 gradients, and the
-distributed optimizer.
+distributed optimizer. The processes of a round import together, before the first of them measures.
 
   fb         forward and backward of one micro-batch, gradients added up; no reduction, no update
   step       zero the gradients, fb, finish the gradients, clip, Adam
@@ -89,36 +89,31 @@ def arms_of(implementations: Sequence[str], precisions: Sequence[str]) -> list[A
 
 def measure(flags: argparse.Namespace, results: dict[str, Any], logs: Path) -> None:
     """All rounds. The results are written to --json after every measurement."""
-    turns = [(number, Arm(**arm)) for number in range(flags.rounds) for arm in results["arms"]]
+    arms = [Arm(**arm) for arm in results["arms"]]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, ExitStack() as started:
-        task = progress.add_task("measuring", total=len(turns))
-        waiting = _started(flags, *turns[0], logs, started)
-        for (number, arm), following in zip(turns, [*turns[1:], None], strict=True):
-            turn, label = waiting, arm.label
-            if label in results["left_out"]:
-                turn.close()
-            else:
-                progress.update(task, description=f"round {number + 1}/{flags.rounds}: {label}")
-                turn.go()
-            # The next one imports while this one builds its model: before anything is timed.
-            waiting = following and _started(flags, *following, logs, started)
-            if label not in results["left_out"]:
-                run = {"arm": arm.name, "precision": arm.precision, "round": number, **turn.outcome(flags.timeout)}
-                _take(run, label, number, results)
-            progress.advance(task)
-            if flags.json:
-                _write(flags.json, results)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("importing", total=len(arms) * flags.rounds)
+        for number in range(flags.rounds):
+            with ExitStack() as started:
+                turns = [(arm, started.enter_context(_started(flags, number, arm, logs)))
+                         for arm in arms if arm.label not in results["left_out"]]
+                for _, turn in turns:    # nobody imports while another is timed
+                    turn.wait_until_ready(flags.timeout)
+                for arm, turn in turns:
+                    progress.update(task, description=f"round {number + 1}/{flags.rounds}: {arm.label}")
+                    run = {"arm": arm.name, "precision": arm.precision, "round": number, **turn.take(flags.timeout)}
+                    _take(run, arm.label, number, results)
+                    progress.advance(task)
+                    if flags.json:
+                        _write(flags.json, results)
 
 
-def _started(flags: argparse.Namespace, number: int, arm: Arm, logs: Path, started: ExitStack) -> Turn:
+def _started(flags: argparse.Namespace, number: int, arm: Arm, logs: Path) -> Turn:
     spec = {**_settings(flags), "impl": arm.impl, "recipe": PRECISIONS[arm.precision], "round": number,
             # A profile disturbs nothing that is measured before it; one of each arm is enough.
             "profile": flags.profile and number == 0}
-    turn = Turn(spec, logs / f"{arm.label.replace(' ', '-').replace('#', '')}-round{number + 1}.log")
-    started.callback(turn.close)
-    return turn
+    return Turn(spec, logs / f"{arm.label.replace(' ', '-').replace('#', '')}-round{number + 1}.log")
 
 
 def _take(run: dict[str, Any], label: str, number: int, results: dict[str, Any]) -> None:

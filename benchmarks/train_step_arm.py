@@ -1,7 +1,7 @@
 """One measurement of one arm of benchmarks/train_step.py, in a process (or one a GPU) of its own.
 
-The arm comes as JSON in the first argument. Rank 0 writes what it measured to the file named there, anew
-after every part, so that what was measured before a failure is not lost.
+The arm comes as JSON in the first argument. Rank 0 writes what it measured to result.json in the folder named there,
+anew after every part, so that what was measured before a failure is not lost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LeftOut(Exception):
 
 
 def main(spec: dict[str, Any]) -> int:
-    record = Record(Path(spec["result"]), spec["started"])
+    record = Record(Path(spec["folder"]) / "result.json", spec["started"])
     warnings.filterwarnings("ignore")
     if layers_of(spec) != "transformer_engine":
         # The engine takes Adam from Transformer Engine where it finds it: the other arms are measured as they
@@ -46,7 +46,7 @@ def main(spec: dict[str, Any]) -> int:
     try:
         import_all(spec)
         record.mark("import")
-        record.leave_out(wait_for_turn(Path(spec["go"]), spec["parent"]))
+        record.leave_out(wait_for_turn(Path(spec["folder"]), spec["parent"]))
         with contextlib.ExitStack() as stack:
             arm = start(spec, record, stack)
             measure(arm, spec, record)
@@ -160,10 +160,14 @@ def import_all(spec: dict[str, Any]) -> None:
         importlib.import_module(f"megatron.pretrain.{name}")
 
 
-def wait_for_turn(go: Path, parent: int) -> float:
-    """Until that file is there. Returns the seconds it took. ProcessLookupError if that process has gone."""
+def wait_for_turn(folder: Path, parent: int) -> float:
+    """Say that this process is ready, and wait for the word to go. Returns the seconds that took.
+
+    ProcessLookupError if the process that asked for the measurement has gone.
+    """
+    (folder / f"ready-{os.environ.get('RANK', '0')}").touch()
     begin = time.time()
-    while not go.exists():
+    while not (folder / "go").exists():
         os.kill(parent, 0)    # a signal that is only tried
         time.sleep(0.02)
     return time.time() - begin

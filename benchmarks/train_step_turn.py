@@ -19,30 +19,39 @@ SECONDS_TO_END = 40.0
 
 
 class Turn:
-    """A measurement whose processes have been started. They import, and wait for `go` before they touch a GPU."""
+    """A measurement whose processes have been started. They import, and wait for `take` before they touch a GPU."""
 
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._result, self._go = (Path(self._folder.name) / name for name in ("result.json", "go"))
-        self._log = log
-        spec = {**spec, "started": time.time(), "parent": os.getpid(),
-                "result": str(self._result), "go": str(self._go)}
+        self._place, self._log, self._processes = Path(self._folder.name), log, spec["tp"] * spec["dp"]
+        spec = {**spec, "started": time.time(), "parent": os.getpid(), "folder": self._folder.name}
         with open(log, "wb") as words:
             self._process = subprocess.Popen(_command(spec), env=_environment(), stdout=words,
                                              stderr=subprocess.STDOUT, start_new_session=True)
 
-    def go(self) -> None:
-        """Let it measure."""
-        self._go.touch()
-        self._began = time.perf_counter()
+    def __enter__(self) -> Turn:
+        return self
 
-    def outcome(self, timeout_s: float) -> dict[str, Any]:
-        """What it found, once it has ended; failures are among it."""
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Until all its processes have imported, or one has ended, or that long."""
+        until = time.monotonic() + timeout_s
+        while self._process.poll() is None and time.monotonic() < until \
+                and len(list(self._place.glob("ready-*"))) < self._processes:
+            time.sleep(0.02)
+
+    def take(self, timeout_s: float) -> dict[str, Any]:
+        """Let it measure. Returns what it found, failures among it."""
+        begin = time.perf_counter()
+        (self._place / "go").touch()
         ended = self._wait(timeout_s)
         run: dict[str, Any] = {"failed": {}}
-        if self._result.exists():
-            run |= json.loads(self._result.read_text(encoding="utf-8"))
-        run["seconds"] = time.perf_counter() - self._began
+        result = self._place / "result.json"
+        if result.exists():
+            run |= json.loads(result.read_text(encoding="utf-8"))
+        run["seconds"] = time.perf_counter() - begin
         if ended is not None and not run["failed"] and "left_out" not in run:
             run["failed"]["process"] = {"reason": f"{ended}; {_last_line(self._log)}", "traceback": _tail(self._log)}
         self.close()
