@@ -257,6 +257,15 @@ def test_the_engine_is_told_of_one_queue_only_where_it_needs_it(launch):
     assert queue(TP_SIZE=1) == [] and queue(GPUS_PER_NODE=2) == []
 
 
+@pytest.mark.parametrize("gpus, variables, overlaps", [
+    (8, {}, True), (1, {}, False), (2, {"TP_SIZE": 2}, False), (8, {"OVERLAP": "false"}, False),
+    (0, {"GPUS_PER_NODE": 2, "DISTRIBUTED_BACKEND": "gloo"}, False),
+    (0, {"GPUS_PER_NODE": 2, "DISTRIBUTED_BACKEND": "gloo", "OVERLAP": "true"}, True)])
+def test_communication_of_several_data_parallel_gpus_is_overlapped(launch, gpus, variables, overlaps):
+    command = launch("pretrain_2b", "--dry-run", gpus=gpus, DATA_PATH="corpus", **variables).command
+    assert [("--overlap-grad-reduce" in command), ("--overlap-param-gather" in command)] == [overlaps] * 2
+
+
 # --- data --------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.pretrain.model.fused import products
 from megatron.pretrain.model.fused.attention import _RotaryAttention, torch_rotary_attention
 from megatron.pretrain.model.fused.gate import QuackGate, TorchGate
 from megatron.pretrain.model.fused.kernels import kernels_for, missing_packages
@@ -49,6 +50,23 @@ def poisoned() -> None:
     torch.manual_seed(1)
     for size in (1 << 28, 1 << 24, 1 << 20, 1 << 16):
         torch.full((size,), float("nan"), dtype=BF16, device="cuda")
+
+
+@pytest.mark.parametrize("tokens, inner, outer", [(1, 8, 8), (96, 40, 24), (8192, 3072, 9216), (8192, 2048, 2560)])
+def test_products_have_torchs_bits(tokens: int, inner: int, outer: int) -> None:
+    x, weight, gradient = random(tokens, inner), random(outer, inner, scale=inner ** -0.5), random(tokens, outer)
+    for left, right in ((x, weight.T), (gradient, weight), (gradient.T, x)):
+        out = empty(left.size(0), right.size(1))
+        total = torch.full_like(out, torch.nan, dtype=torch.float32)
+        expected = torch.mm(left, right)
+        in_fp32 = torch.empty_like(total)
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=in_fp32)
+        for _ in range(2):    # the second finds its algorithm chosen
+            products.multiply(left, right, out)
+            products.accumulate(total, left, right, replace=True)
+            assert torch.equal(out, expected) and torch.equal(total, in_fp32)
+        products.accumulate(total, left, right)
+        assert error(total, 2 * (left.double() @ right.double())) < BOUND
 
 
 @pytest.mark.parametrize("tokens, hidden", [(1, 256), (130, 2048), (1024, 3072)])

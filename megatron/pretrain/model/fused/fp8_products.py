@@ -26,8 +26,8 @@ def add_product(added: Tensor, inputs: Quantized, weight: Quantized, *, direct: 
     if not (direct and added.is_cuda):
         product(weight, inputs.data, inputs.inverse, out)
         return out.add_(added)
-    cublaslt.add_product(added, inputs.data, weight.data, inputs.inverse, weight.inverse, out,
-                         fast_accumulation=True)
+    cublaslt.multiply(inputs.data, weight.data.T, out, added=added, inverses=(inputs.inverse, weight.inverse),
+                      fast_accumulation=True)
     return out
 
 
@@ -56,8 +56,8 @@ def accumulate_weight_grad(main_grad: Tensor, gradient: Tensor, inputs: Tensor, 
     the product is rounded to bf16 (2^-9, where fp8 left 2^-4) and added in a pass of its own.
     """
     if direct and main_grad.is_cuda:
-        cublaslt.add_product(main_grad, gradient, inputs, gradient_inverse, inputs_inverse, main_grad,
-                             fast_accumulation=False, replace=replace)
+        cublaslt.multiply(gradient, inputs.T, main_grad, added=None if replace else main_grad,
+                          inverses=(gradient_inverse, inputs_inverse))
     else:
         if replace:
             main_grad.zero_()
@@ -70,6 +70,6 @@ def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out:
                 fast_accumulation: bool) -> None:
     """out [m, n] = (a [m, k] @ b [n, k]^T) * a_inverse * b_inverse; a and b fp8, inverses fp32 scalars."""
     if a.is_cuda:
-        cublaslt.add_product(out, a, b, a_inverse, b_inverse, out, fast_accumulation=fast_accumulation, replace=True)
+        cublaslt.multiply(a, b.T, out, inverses=(a_inverse, b_inverse), fast_accumulation=fast_accumulation)
     else:
         out.copy_(a.float() @ b.float().T * (a_inverse * b_inverse))

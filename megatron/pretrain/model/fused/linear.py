@@ -15,7 +15,7 @@ from megatron.pretrain.model.fused import communication as comm
 from megatron.pretrain.model.fused.gate import gate_for
 from megatron.pretrain.model.fused.kernels import kernels_for
 from megatron.pretrain.model.fused.norm import FusedRMSNorm
-from megatron.pretrain.model.fused.products import weight_gradient
+from megatron.pretrain.model.fused.products import multiply, weight_gradient
 
 AddProduct = Callable[[Tensor, Parameter, Tensor, Tensor], None]
 
@@ -52,7 +52,7 @@ class Linear(torch.autograd.Function):
 
 def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [s, b, n], contiguous, = rows [s, b, k] @ weight [k, n]."""
-    torch.mm(rows.flatten(0, 1), weight, out=out.view(-1, out.size(-1)))
+    multiply(rows.flatten(0, 1), weight, out.view(-1, out.size(-1)))
 
 
 def linear(*, input: Tensor, weight: Parameter, allreduce_dgrad: bool, sequence_parallel: bool,  # noqa: A002

@@ -1,26 +1,43 @@
 """Matrix products of a linear layer, and the way of a weight's gradient into its fp32 accumulator.
 
 A weight is [out, in]; activations are [tokens, features]. Plain products go to cuBLAS, which is as fast as any
-kernel measured at these shapes (benchmarks/kernels.py).
+kernel measured at these shapes (benchmarks/kernels.py), by the fastest of its algorithms that give torch's bits.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron.pretrain.model.fused import cublaslt
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out [m, n] = left [m, k] @ right [k, n]."""
+    plain = partial(torch.mm, left, right, out=out)
+    if _is_cublas(left):
+        cublaslt.multiply(left, right, out, plain=plain)
+    else:
+        plain()
+
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor, *, replace: bool = False) -> None:
     """total [m, n] += left [m, k] @ right [k, n], or with `replace` = it; summed in fp32 whatever they are."""
-    if total.dtype != left.dtype and total.is_cuda:
-        if replace:
-            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=total)
-        else:
-            torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+    if total.dtype != left.dtype and _is_cublas(left):
+        plain = partial(torch.ops.aten.mm.dtype_out, left, right, torch.float32, out=total) if replace else \
+            partial(torch.ops.aten.addmm.dtype_out, total, left, right, torch.float32, out=total)
+        cublaslt.multiply(left, right, total, added=None if replace else total, plain=plain)
     else:
         # With beta 0 what stood there is not read, not even a NaN.
         total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if replace else 1)
+
+
+def _is_cublas(operand: Tensor) -> bool:
+    """Whether a product with this operand is one of NVIDIA's, of 16-bit numbers."""
+    return operand.is_cuda and torch.version.cuda is not None and operand.dtype in (torch.bfloat16, torch.float16)
 
 
 def weight_gradient(weight: Parameter, output_gradient: Tensor, inputs: Tensor) -> Tensor:
