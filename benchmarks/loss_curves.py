@@ -4,9 +4,11 @@ compares where the losses end.
     python benchmarks/loss_curves.py --data-path PREFIX_text_document --scratch FOLDER
     python benchmarks/loss_curves.py --data-path PREFIX_text_document --scratch FOLDER --arm fused \\
         --arm "fused --fp8-format hybrid" --arm local
+    python benchmarks/loss_curves.py --data-path PREFIX_text_document --scratch FOLDER --arm fused --arm fused
 
-The model has NEO's shape in small: 4 layers of hidden size 1024. An arm is what follows --transformer-impl; the
-first is what the others are compared with. Exit code 1 if an arm ends further away than its bound.
+The last shows how far two runs of the same layers part. The model has NEO's shape in small: 4 layers of hidden
+size 1024. An arm is what follows --transformer-impl; the first is what the others are compared with. Exit code 1
+if an arm ends further away than its bound.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help=f"iterations of each arm ({LAST} or more)")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--flags", default="", help="flags of pretrain_gpt.py for all arms, such as '--lr 1e-4'")
     parser.add_argument("--at-once", action="store_true", help="all arms side by side: their ms a step mean nothing")
     parser.add_argument("--peer-path", metavar="FOLDER", help="where transformer_engine is installed, if apart")
     options = parser.parse_args(arguments)
@@ -100,7 +103,7 @@ def train(options: argparse.Namespace, arm: str, folder: Path, *flags: str) -> N
                "pretrain_gpt.py", *MODEL, "--train-iters", str(options.steps + 1), "--data-path", options.data_path,
                "--tokenizer-model", options.tokenizer_model, "--seq-length", str(options.seq_length),
                "--micro-batch-size", "1", "--global-batch-size", str(options.global_batch_size),
-               "--log-dir", str(folder), "--transformer-impl", *arm.split(), *flags]
+               "--log-dir", str(folder), "--transformer-impl", *arm.split(), *options.flags.split(), *flags]
     if "--exit-interval" in flags:
         command += ["--save", str(folder / "checkpoint")]
     folder.mkdir(parents=True)

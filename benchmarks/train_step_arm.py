@@ -343,11 +343,13 @@ def release(arm: Arm) -> None:
 
 
 def kept_for_backward(arm: Arm) -> dict[str, Any]:
-    """GiB that a micro-batch's forward pass leaves allocated for its backward pass: in all, and by one layer."""
+    """GiB that a micro-batch's forward pass leaves allocated for its backward pass: in all, and by one layer.
+
+    Weights in fp8 are not among it: those of the step before are still there.
+    """
     import torch
     from megatron.core.utils import unwrap_model
 
-    from megatron.pretrain.model.fused.fp8_model import fp8_states
     from megatron.pretrain.train.step import meet_peers
 
     [chunk] = arm.chunks
@@ -356,8 +358,6 @@ def kept_for_backward(arm: Arm) -> dict[str, Any]:
     def note(*_: Any) -> None:
         allocated.append(torch.cuda.memory_allocated())
 
-    for state in fp8_states(arm.chunks):
-        state.begin_step()
     tokens, labels = (torch.from_numpy(each).to(arm.place.device) for each in (arm.batch.tokens, arm.batch.labels))
     hooks = [layer.register_forward_hook(note) for layer in unwrap_model(chunk).decoder.layers]
     meet_peers()
