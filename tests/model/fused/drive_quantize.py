@@ -1,6 +1,6 @@
 """Run by test_quantize.py: the fp8 kernels in Triton's interpreter, without a GPU, against float64.
 
-    python drive_quantize.py plain|normed|gated|gated_gradient|specials|scales|transpose ...
+    python drive_quantize.py plain|normed|gated|gated_gradient|activated|specials|scales|transpose ...
 """
 
 from __future__ import annotations
@@ -98,6 +98,24 @@ def cast(source: Source, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     return data, amax
 
 
+def check_activated() -> None:
+    """What the gradient's cast remakes is what the activation's own cast would have transposed, and no more."""
+    for rows, columns in SHAPES:
+        halves, upstream = values_of(rows, 2 * columns), values_of(rows, columns)
+        scale, inverse = scale_of(largest(Gated(halves)), E4M3)
+        _, expected = quantize.quantize(Gated(halves), scale * 3, E4M3)
+        out, after = guarded(columns, rows, E4M3)
+        source = GatedGradient(halves, upstream, out, inverse / 3)
+        assert largest(source).isfinite() and (out.view(torch.uint8) == POISON).all(), "written for the largest value"
+        data, transposed = quantize.quantize(source, scale_of(largest(source), E5M2)[0], E5M2)
+        plain_data, plain_transposed = quantize.quantize(
+            GatedGradient(halves, upstream), scale_of(largest(source), E5M2)[0], E5M2)
+        assert (after == POISON).all(), "written past the end"
+        for ours, right in ((out, expected), (data, plain_data), (transposed, plain_transposed)):
+            # 1 / (1 / scale) may be the scale's neighbour, and two forms of a kernel differ in a last bit.
+            assert (ours.view(torch.uint8) != right.view(torch.uint8)).double().mean() < 1e-3
+
+
 def check_source(name: str) -> None:
     for rows, columns in SHAPES:
         for dtype in (E4M3, E5M2):
@@ -146,7 +164,7 @@ def check_transpose() -> None:
         assert torch.equal(transpose(data).view(torch.uint8), data.view(torch.uint8).T)
 
 
-OTHERS = {"specials": check_specials, "scales": check_scales, "transpose": check_transpose}
+OTHERS = {"activated": check_activated, "specials": check_specials, "scales": check_scales, "transpose": check_transpose}
 torch.manual_seed(0)
 for part in sys.argv[1:]:
     check_source(part) if part in SOURCES else OTHERS[part]()

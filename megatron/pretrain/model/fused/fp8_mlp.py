@@ -17,7 +17,7 @@ from megatron.pretrain.model.fused.fp8_linear import (
     rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
-from megatron.pretrain.model.fused.quantize import Gated, GatedGradient
+from megatron.pretrain.model.fused.quantize import E4M3, Gated, GatedGradient
 from megatron.pretrain.model.fused.weights import ready_weight
 
 
@@ -38,8 +38,8 @@ class Fp8GatedMLP(MLP):
 
 
 class _Fp8GatedMLP(torch.autograd.Function):
-    """hidden + the MLP of its norm. Keeps the hidden state, the norm and the activation as fp8 transposes, and
-    the halves; with `recompute` the norm in fp8 both ways round in place of these."""
+    """hidden + the MLP of its norm. Keeps the hidden state, the norm as an fp8 transpose, and the halves, from which
+    the cast of their gradient remakes the activation; with `recompute` the norm the other way round instead."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Parameter, up: Parameter, down: Parameter, norm: FusedRMSNorm,
@@ -48,32 +48,32 @@ class _Fp8GatedMLP(torch.autograd.Function):
         source = normed(hidden, gain, norm.eps)
         inputs, halves = cast_and_multiply(source, hidden, up_casts.inputs, group if sequence_parallel else None,
                                            up.size(0), partial(product, up_casts.weight()))
-        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)))
+        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), both=False)
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
         ctx.kernel = norm.kernel
-        remade = (inputs.data,) if recompute else (halves, *kept(activated))
-        ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, *kept(inputs), *remade)
+        ctx.recompute = recompute
+        ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, *kept(inputs),
+                              inputs.data if recompute else halves, activated.inverse)
         return project(activated, down_casts.weight(), hidden, group, sequence_parallel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, gain, inverse_rms, up, down, transposed, inverse, *rest = ctx.saved_tensors
+        hidden, gain, inverse_rms, up, down, transposed, inverse, rest, activated_inverse = ctx.saved_tensors
         up_casts, down_casts = ctx.casts
-        inputs = restored(transposed, inverse)
-        if len(rest) == 1:
-            halves = gradient.new_empty(rest[0].size(0), up.size(0))
-            product(up_casts.weight(), rest[0], inverse, halves)
-            activated = down_casts.inputs.quantize(Gated(halves))
-        else:
-            halves, activated = rest[0].flatten(0, 1), restored(*rest[1:])
+        halves = rest.flatten(0, 1) if not ctx.recompute else gradient.new_empty(rest.size(0), up.size(0))
+        if ctx.recompute:
+            product(up_casts.weight(), rest, inverse, halves)
         d_output, d_activated = cast_and_multiply(
             rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None,
             down.size(1), partial(input_gradient, down_casts.weight()))
-        d_down = weight_gradient(down, d_output, activated)
-        d_halves = up_casts.gradient.quantize(GatedGradient(halves, d_activated.flatten(0, 1)))
-        del rest, halves, activated
+        activated = torch.empty(down.size(1), halves.size(0), dtype=E4M3, device=halves.device)
+        d_halves = up_casts.gradient.quantize(
+            GatedGradient(halves, d_activated.flatten(0, 1), activated, activated_inverse))
+        del rest, halves
         reduced = reduced_gradient(d_halves, up_casts.weight(), d_activated, ctx.group, ctx.sequence_parallel)
         del d_activated
-        d_up = weight_gradient(up, d_halves, inputs)
+        d_down = weight_gradient(down, d_output, restored(activated, activated_inverse))
+        del activated, d_output
+        d_up = weight_gradient(up, d_halves, restored(transposed, inverse))
         d_hidden, d_gain = norm_gradients(hidden, reduced.wait(), gradient, gain, inverse_rms, ctx.kernel)
         return d_hidden, d_gain, d_up, d_down, None, None, None, None, None, None

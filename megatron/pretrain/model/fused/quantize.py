@@ -30,7 +30,8 @@ class Quantized:
     data: Tensor
     """fp8 [rows, columns], contiguous."""
     transposed: Tensor | None
-    """fp8 [columns, rows], contiguous; None of a rank's part of a matrix, which is transposed once it is whole."""
+    """fp8 [columns, rows], contiguous; None where it is made later: of a rank's part of a matrix, once that is
+    whole, and of an activation, beside its gradient."""
     inverse: Tensor
     """fp32 scalar: 1 / scale."""
 
@@ -43,7 +44,7 @@ class Source:
 
     def __post_init__(self) -> None:
         for name, tensor in vars(self).items():
-            if not tensor.is_contiguous():
+            if tensor is not None and not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous")
 
     @property
@@ -83,13 +84,18 @@ class Gated(Source):
 
 @dataclass(frozen=True)
 class GatedGradient(Source):
-    """The gradient of `Gated`'s values [tokens, 2 f]."""
+    """The gradient of `Gated`'s values [tokens, 2 f]; a cast of it can remake the transpose that theirs left out."""
 
     gradient: Tensor
     """[tokens, f], contiguous: of the activated values."""
+    activated: Tensor | None = None
+    """e4m3 [f, tokens]: where the activated values go, as a cast with `activated_inverse` puts them."""
+    activated_inverse: Tensor | None = None
 
     def into(self, target: Target) -> None:
-        _implementation(self.values).gated_gradient(self.values, self.gradient, target)
+        activated = None if target.data is None else self.activated
+        _implementation(self.values).gated_gradient(self.values, self.gradient, target, activated,
+                                                    self.activated_inverse)
 
 
 def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None, *,

@@ -32,10 +32,12 @@ def gated(halves: Tensor, target: Target) -> None:
     _cast_gated[_grid(rows, columns)](halves, rows, columns, **_arguments(target), **TILE)
 
 
-def gated_gradient(halves: Tensor, gradient: Tensor, target: Target) -> None:
+def gated_gradient(halves: Tensor, gradient: Tensor, target: Target, activated: Tensor | None,
+                   activated_inverse: Tensor | None) -> None:
     rows, columns = gradient.shape
-    _cast_gated_gradient[_grid(rows, columns)](halves, gradient, rows, columns, **_arguments(target),
-                                               **{**TILE, "num_warps": 8})
+    _cast_gated_gradient[_grid(rows, columns)](
+        halves, gradient, rows, columns, activated, activated_inverse, **_arguments(target), ACTIVATED=tl.float8e4nv,
+        ACTIVATED_LARGEST=torch.finfo(torch.float8_e4m3fn).max, **{**TILE, "num_warps": 8})
 
 
 def inverse_rms(hidden: Tensor, eps: float, out: Tensor) -> None:
@@ -111,8 +113,9 @@ def _cast_gated(halves, rows, columns, amax, scale, data, transposed, FORMAT: tl
 
 
 @triton.jit
-def _cast_gated_gradient(halves, gradient, rows, columns, amax, scale, data, transposed, FORMAT: tl.constexpr,
-                         LARGEST: tl.constexpr, PTX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _cast_gated_gradient(halves, gradient, rows, columns, activated, activated_inverse, amax, scale, data, transposed,
+                         FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr, HEIGHT: tl.constexpr,
+                         WIDTH: tl.constexpr, ACTIVATED: tl.constexpr, ACTIVATED_LARGEST: tl.constexpr):
     """`columns` are those of one half. With silu(g) = g s(g): silu'(g) = s (1 + g (1 - s))."""
     row, column = _place(columns, HEIGHT, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -129,6 +132,9 @@ def _cast_gated_gradient(halves, gradient, rows, columns, amax, scale, data, tra
                FORMAT, LARGEST, PTX)
         _write(d_up, scale, data, transposed, row, column + columns, row < rows, column < columns, rows,
                2 * columns, FORMAT, LARGEST, PTX)
+    if activated is not None:
+        again = _quantized(gate * sigmoid * up * (1 / tl.load(activated_inverse)), ACTIVATED, ACTIVATED_LARGEST, PTX)
+        _store_transposed(tl.trans(again), activated, row, column, row < rows, column < columns, rows)
 
 
 @triton.jit
@@ -188,13 +194,17 @@ def _raise(amax, value):
 @triton.jit
 def _write(value, scale, data, transposed, row, column, row_inside, column_inside, rows, columns,
            FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr):
-    scaled = value * tl.load(scale)
-    held = tl.where(tl.abs(scaled) < float("inf"), tl.clamp(scaled, -LARGEST, LARGEST), float("nan"))
-    quantized = _four_at_once(held, FORMAT) if PTX else held.to(FORMAT)
+    quantized = _quantized(value * tl.load(scale), FORMAT, LARGEST, PTX)
     inside = row_inside[:, None] & column_inside[None, :]
     tl.store(data + row.to(tl.int64)[:, None] * columns + column[None, :], quantized, mask=inside)
     if transposed is not None:
         _store_transposed(tl.trans(quantized), transposed, row, column, row_inside, column_inside, rows)
+
+
+@triton.jit
+def _quantized(scaled, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr):
+    held = tl.where(tl.abs(scaled) < float("inf"), tl.clamp(scaled, -LARGEST, LARGEST), float("nan"))
+    return _four_at_once(held, FORMAT) if PTX else held.to(FORMAT)
 
 
 @triton.jit

@@ -38,9 +38,12 @@ def gated(halves: Tensor, target: Target) -> None:
     _emit(gate * torch.sigmoid(gate) * up, target)
 
 
-def gated_gradient(halves: Tensor, gradient: Tensor, target: Target) -> None:
+def gated_gradient(halves: Tensor, gradient: Tensor, target: Target, activated: Tensor | None,
+                   activated_inverse: Tensor | None) -> None:
     gate, up = halves.float().chunk(2, -1)
     sigmoid, upstream = torch.sigmoid(gate), gradient.float()
+    if activated is not None:
+        transpose(to_fp8(gate * sigmoid * up * (1 / activated_inverse), activated.dtype), activated)
     d_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
     _emit(torch.cat([d_gate, upstream * gate * sigmoid], -1), target)
 

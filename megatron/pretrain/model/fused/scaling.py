@@ -24,8 +24,8 @@ HISTORY = 1024
 class Scaling(Protocol):
     """How one tensor of a layer is cast."""
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
-        """Both ways round, with the inverse of the scale that was taken.
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
+        """`both` ways round, with the inverse of the scale that was taken.
 
         With a group the source is its rank's part of a tensor: all take one scale, and nothing is transposed.
         """
@@ -37,9 +37,9 @@ class CurrentScaling:
 
     dtype: torch.dtype
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
         scale, inverse = scale_of(_largest_of(source, group), self.dtype)
-        return Quantized(*quantize(source, scale, self.dtype, transpose=group is None), inverse)
+        return Quantized(*quantize(source, scale, self.dtype, transpose=both and group is None), inverse)
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class DelayedScaling:
     number: int
     dtype: torch.dtype
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None) -> Quantized:
-        live, transposed = self.history.live[self.number], group is None
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
+        live, transposed = self.history.live[self.number], both and group is None
         if not self.history.begun:  # nothing is known yet: the first step looks at the tensor itself
             amax = _largest_of(source, group)
             live.copy_(torch.maximum(live, amax))
