@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -67,6 +69,7 @@ def main() -> int:
         for path in flags.show:
             print(show(json.loads(path.read_text(encoding="utf-8"))), "\n")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # as an interrupt does, it ends what was started
     results = {"settings": _settings(flags), "machine": machine(), "arms": [], "runs": [], "left_out": {}}
     results["arms"] = [asdict(arm) for arm in arms_of(flags.impl, flags.precision)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,13 +96,16 @@ def measure(flags: argparse.Namespace, results: dict[str, Any], logs: Path) -> N
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("importing", total=len(arms) * flags.rounds)
+        task = progress.add_task("", total=len(arms) * flags.rounds)
         for number in range(flags.rounds):
+            progress.update(task, description=f"round {number + 1}/{flags.rounds}: importing",
+                            completed=number * len(arms))
             with ExitStack() as started:
                 turns = [(arm, started.enter_context(_started(flags, number, arm, logs)))
                          for arm in arms if arm.label not in results["left_out"]]
+                until = time.monotonic() + flags.timeout
                 for _, turn in turns:    # nobody imports while another is timed
-                    turn.wait_until_ready(flags.timeout)
+                    turn.wait_until_ready(until)
                 for arm, turn in turns:
                     progress.update(task, description=f"round {number + 1}/{flags.rounds}: {arm.label}")
                     run = {"arm": arm.name, "precision": arm.precision, "round": number, **turn.take(flags.timeout)}
@@ -164,7 +170,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true",
                         help="also where the GPU's time goes, over three steps of each arm's first round")
     parser.add_argument("--timeout", type=float, default=300, metavar="S",
-                        help="give a measurement up after so many seconds (default: 300)")
+                        help="give a round's imports up after so many seconds, and so each measurement (default: 300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what the processes printed")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE",

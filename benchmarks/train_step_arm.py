@@ -50,11 +50,11 @@ def main(spec: dict[str, Any]) -> int:
         with contextlib.ExitStack() as stack:
             arm = start(spec, record, stack)
             measure(arm, spec, record)
-            release(arm)
             # Ranks leave the group together; where a part has failed on some of them, they could not.
             if record.values["failed"]:
                 record.write()
                 os._exit(1)
+            release(arm)
     except LeftOut as reason:
         record.put(left_out=str(reason))
     except Exception as error:

@@ -24,6 +24,7 @@ class Turn:
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._place, self._log, self._processes = Path(self._folder.name), log, spec["tp"] * spec["dp"]
+        self._stopped: str | None = None
         spec = {**spec, "started": time.time(), "parent": os.getpid(), "folder": self._folder.name}
         with open(log, "wb") as words:
             self._process = subprocess.Popen(_command(spec), env=_environment(), stdout=words,
@@ -35,18 +36,19 @@ class Turn:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Until all its processes have imported, or one has ended, or that long."""
-        until = time.monotonic() + timeout_s
-        while self._process.poll() is None and time.monotonic() < until \
-                and len(list(self._place.glob("ready-*"))) < self._processes:
+    def wait_until_ready(self, until_s: float) -> None:
+        """Until all its processes have imported, or one has ended; it is ended at that time of `time.monotonic`."""
+        while self._process.poll() is None and len(list(self._place.glob("ready-*"))) < self._processes:
+            if time.monotonic() > until_s:
+                self._stopped = "stopped while it imported (--timeout)"
+                self._end()
             time.sleep(0.02)
 
     def take(self, timeout_s: float) -> dict[str, Any]:
         """Let it measure. Returns what it found, failures among it."""
         begin = time.perf_counter()
         (self._place / "go").touch()
-        ended = self._wait(timeout_s)
+        ended = self._stopped or self._wait(timeout_s)
         run: dict[str, Any] = {"failed": {}}
         result = self._place / "result.json"
         if result.exists():
@@ -58,15 +60,19 @@ class Turn:
         return run
 
     def close(self) -> None:
-        """End it, if it has not ended. torchrun's workers are in sessions of their own: torchrun must end them."""
+        """End it, if it has not ended, and forget its files."""
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+            self._end()
         self._folder.cleanup()
+
+    def _end(self) -> None:
+        """torchrun's workers are in sessions of their own: torchrun must end them, or they keep their GPUs."""
+        self._process.terminate()
+        try:
+            self._process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def _wait(self, timeout_s: float) -> str | None:
         """How it ended, if not well."""

@@ -155,7 +155,8 @@ class TrainConfig:
     num_layers_at_end_in_bf16: int = setting(1, "With --first-last-layers-bf16: how many last layers.")
     enable_cuda_graph: bool = setting(
         False, "Replay forward and backward of a micro-batch as a CUDA graph: where the GPU waits for the host "
-        "(fp8, small models). Fused layers, without pipeline parallelism, --overlap-grad-reduce and full recompute.")
+        "(fp8, small models). Fused layers, without pipeline parallelism, overlap of data-parallel communication and "
+        "full recompute.")
     calculate_per_token_loss: bool = setting(
         False, "Average the loss over the global batch's tokens, rather than over its micro-batches.")
     recompute_granularity: str | None = setting(

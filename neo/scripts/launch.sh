@@ -36,8 +36,8 @@ Variables (an empty one counts as not set):
               NNODES (1) NODE_RANK (0) MASTER_ADDR (localhost) MASTER_PORT (8874)
               DISTRIBUTED_BACKEND (nccl with GPUs, else gloo)  PYTHON
   layout      TP_SIZE ($DEFAULT_TP_SIZE, no more than there are processes) PP_SIZE (1) EP_SIZE (1)
-              OVERLAP (true with several data-parallel GPUs): reduce gradients while the backward pass runs,
-              gather weights while the forward pass does
+              OVERLAP (true with several data-parallel GPUs, but not for -- --enable-cuda-graph): reduce
+              gradients while the backward pass runs, gather weights while the forward pass does
   batch       MICRO_BATCH (1), and GRAD_ACC_STEPS (1) or GLOBAL_BATCH_SIZE
   model       NUM_LAYERS ($DEFAULT_NUM_LAYERS) HIDDEN_SIZE ($DEFAULT_HIDDEN_SIZE)
               FFN_HIDDEN_SIZE ($DEFAULT_FFN_HIDDEN_SIZE) NUM_HEADS ($DEFAULT_NUM_HEADS)
@@ -152,8 +152,9 @@ choose_layout() {
         || fail "$WORLD_SIZE processes (NNODES=$NNODES x GPUS_PER_NODE=$GPUS_PER_NODE) are not a multiple" \
             "of TP_SIZE=$TP_SIZE x PP_SIZE=$PP_SIZE"
     DP_SIZE=$((WORLD_SIZE / (TP_SIZE * PP_SIZE)))
-    # CPU processes would take the cores for it from each other.
-    if ((DP_SIZE > 1)) && [[ "$DISTRIBUTED_BACKEND" == nccl ]]; then default OVERLAP true; fi
+    # CPU processes would take the cores for it from each other; a graph cannot record it.
+    if ((DP_SIZE > 1)) && [[ "$DISTRIBUTED_BACKEND" == nccl && " ${PASSED_ON[*]-} " != *" --enable-cuda-graph "* ]]
+    then default OVERLAP true; fi
     default OVERLAP false
     one_of OVERLAP true false
 }

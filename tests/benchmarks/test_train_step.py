@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +22,41 @@ def profile_parts(repository: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def turn_of(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`turn_of(**spec)`: one started measurement of the tiny model."""
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    spec = {"model": "tiny", "layers": None, "micro_batch": 1, "tp": 1, "dp": 1, "steps": 2, "impl": "local",
+            "recipe": None, "round": 0, "profile": False}
+    return lambda **changed: importlib.import_module("train_step_turn").Turn({**spec, **changed}, tmp_path / "log")
+
+
+def test_a_turn_waits_and_leaves_its_waiting_out(turn_of) -> None:
+    with turn_of() as turn:
+        turn.wait_until_ready(time.monotonic() + 120)
+        time.sleep(8)
+        assert not (turn._place / "result.json").exists() or "build" not in (turn._place / "result.json").read_text()
+        run = turn.take(120)
+    assert run["failed"] == {} and len(run["step_ms"]) == 2
+    marks = run["start_s"]
+    assert marks["import"] < marks["build"] < marks["first_step"] < marks["import"] + 7
+
+
+def test_turns_that_are_late_or_nobodys(turn_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    with turn_of() as late:
+        late.wait_until_ready(time.monotonic())
+        assert late.take(120)["failed"]["process"]["reason"].startswith("stopped while it imported (--timeout)")
+    with turn_of() as slow:
+        slow.wait_until_ready(time.monotonic() + 120)
+        assert slow.take(0)["failed"]["process"]["reason"].startswith("stopped after 0 s (--timeout)")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(os, "getpid", lambda: ended.pid)
+    with turn_of() as orphan:
+        assert orphan._process.wait(120) == 1
 
 
 def test_arms_are_measured_in_turn_and_compared(run_tool, tmp_path: Path):
@@ -47,7 +86,7 @@ def test_a_failing_measurement_is_a_line_and_the_rest_goes_on(run_tool):
     said = run_tool("benchmarks/train_step.py", "--model", "tiny", "--impl", "local", "--rounds", "1",
                     "--timeout", "0.2")
     assert said.returncode == 1
-    assert "FAILED local bf16, round 1, process: stopped after 0 s (--timeout)" in said.stdout
+    assert "FAILED local bf16, round 1, process: stopped while it imported (--timeout)" in said.stdout
 
 
 def test_help_explains_the_parts_and_shows_commands(run_tool):

@@ -57,6 +57,12 @@ def test_four_ranks_gather_again_what_two_would_keep(tmp_path: Path, train, star
     assert losses == pytest.approx(alone, abs=TOLERANCE)
 
 
+def test_two_ways_of_four_ranks_overlapped(tmp_path: Path, train, start: Path, alone: list[float]) -> None:
+    losses = train(tmp_path, *LENGTH, "--load", start, *FUSED, *LAYOUTS["TP2, sequence parallel"],
+                   *LAYOUTS["DP2, distributed optimizer, overlapped"], processes=4).losses()
+    assert losses == pytest.approx(alone, abs=TOLERANCE)
+
+
 def test_tensor_parallel_checkpoint_resumes_in_a_pipeline(tmp_path: Path, train, start: Path,
                                                           alone: list[float]) -> None:
     first = train(tmp_path / "tp", *LENGTH, "--load", start, "--tensor-model-parallel-size", 2,

@@ -266,6 +266,13 @@ def test_communication_of_several_data_parallel_gpus_is_overlapped(launch, gpus,
     assert [("--overlap-grad-reduce" in command), ("--overlap-param-gather" in command)] == [overlaps] * 2
 
 
+def test_what_a_graph_cannot_record_is_not_overlapped(launch):
+    said = launch("pretrain_2b", "--dry-run", "--", "--enable-cuda-graph", gpus=8, DATA_PATH="corpus")
+    assert "--enable-cuda-graph" in said.command and "--overlap-grad-reduce" not in said.command
+    asked = launch("pretrain_2b", "--dry-run", DATA_PATH="corpus", OVERLAP="maybe")
+    assert (asked.returncode, asked.stderr) == (2, "error: OVERLAP=maybe: must be one of: true false\n")
+
+
 # --- data --------------------------------------------------------------------------------------------
 
 

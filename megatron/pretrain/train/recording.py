@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 EAGER_STEPS = 3
-"""Before anything is recorded kernels are compiled, fp8's history begins and peers' memory finds its size."""
+"""Before anything is recorded kernels are compiled, products choose their algorithms, fp8's history begins and peers'
+memory finds its size."""
 
 logger = logging.getLogger(__name__)
 

@@ -170,11 +170,23 @@ def test_scales_of_fp8(library: Documented) -> None:
 
 def test_the_fastest_with_the_same_bits_is_taken_once(library: Documented) -> None:
     left, right, out = whole(ROWS, DEPTH), whole(DEPTH, COLUMNS), torch.empty(ROWS, COLUMNS)
-    library.milliseconds = itertools.cycle([4.0, 9.0, 2.0, 3.0])    # of torch's and of three algorithms
-    beside_torch(left, right, out)
-    assert library.algorithms == [0, 1, 2, 1]
+    library.milliseconds = itertools.cycle([9.0, 2.0, 3.0])
+    for _ in range(2):
+        beside_torch(left, right, out)
+    assert library.algorithms == [0, 1, 2, 1, 1]
     beside_torch(left, right, out, added=out)
     assert library.algorithms[-1] == 1 and torch.equal(out, 2 * (left.float() @ right.float()))
+
+
+@pytest.mark.parametrize("number", [0.0, torch.nan, torch.inf])
+def test_numbers_that_cannot_tell_choose_nothing(library: Documented, number: float) -> None:
+    left, right, out = whole(ROWS, DEPTH), whole(DEPTH, COLUMNS), torch.empty(ROWS, COLUMNS)
+    library.milliseconds = itertools.cycle([9.0, 2.0, 3.0])
+    for _ in range(2):
+        beside_torch(torch.full_like(left, number), right, out)
+    assert library.algorithms == []
+    beside_torch(left, right, out)
+    assert library.algorithms == [0, 1, 2, 1]
 
 
 def test_other_bits_are_never_taken(library: Documented) -> None:
@@ -183,10 +195,34 @@ def test_other_bits_are_never_taken(library: Documented) -> None:
     def plain() -> None:
         torch.mul(left.float() @ right.float(), 1 + 2**-20, out=out)
 
-    library.milliseconds = itertools.cycle([9.0, 1.0])
-    cublaslt.multiply(left, right, out, plain=plain)
-    assert library.algorithms == [0, 1, 2]    # tried, and the last word is the other's
-    assert torch.equal(out, (left.float() @ right.float()) * (1 + 2**-20))
+    for _ in range(2):
+        cublaslt.multiply(left, right, out, plain=plain)
+        assert torch.equal(out, (left.float() @ right.float()) * (1 + 2**-20))
+    assert library.algorithms == [0, 1, 2]    # tried once, and never again
+
+
+def test_an_algorithm_that_does_not_run_is_left_out(library: Documented, monkeypatch) -> None:
+    def but_the_fastest(function: str, *arguments: object) -> int:
+        if function == "cublasLtMatmul" and arguments[12]._obj.data[0] == 1:
+            return 15
+        return library(function, *arguments)
+
+    monkeypatch.setattr(cublaslt, "_status", but_the_fastest)
+    left, right, out = whole(ROWS, DEPTH), whole(DEPTH, COLUMNS), torch.empty(ROWS, COLUMNS)
+    library.milliseconds = itertools.cycle([9.0, 3.0])    # of the first and of the third
+    beside_torch(left, right, out)
+    assert library.algorithms == [0, 2, 2]
+
+
+def test_fp8_has_no_other_way(library: Documented) -> None:
+    left, right = whole(ROWS, DEPTH).to(torch.float8_e4m3fn), whole(COLUMNS, DEPTH).to(torch.float8_e4m3fn).T
+    out, one = torch.zeros(ROWS, COLUMNS), torch.ones(())
+    cublaslt.multiply(left, right, out, added=out, inverses=(one, one))
+    assert library.algorithms == [0], "what it adds to cannot be tried"
+    library.milliseconds = itertools.cycle([9.0, 8.0, 1.0])
+    cublaslt.multiply(left, right, out, inverses=(one, one))
+    assert library.algorithms == [0, 0, 0, 1, 2, 2]
+    assert torch.equal(out, left.float() @ right.float())
 
 
 def test_what_cannot_be_repeated_or_recorded_takes_the_first(library: Documented, monkeypatch) -> None:
@@ -201,6 +237,9 @@ def test_shapes_that_do_not_fit_and_products_that_nobody_has(library: Documented
     out = torch.empty(ROWS, COLUMNS)
     with pytest.raises(ValueError, match=r"\[5, 3\] torch.float32 \[3, 1\] = .* \[5, 7\] .* @ \[6, 3\]"):
         cublaslt.multiply(whole(ROWS, DEPTH), whole(DEPTH - 1, COLUMNS), out)
+    for added, into in ((torch.empty(ROWS, COLUMNS + 1)[:, 1:], out), (by_columns(out), by_columns(out))):
+        with pytest.raises(ValueError, match=" @ "):
+            cublaslt.multiply(whole(ROWS, DEPTH), whole(DEPTH, COLUMNS), into, added=added)
     scattered = whole(ROWS, 2 * DEPTH)[:, ::2]
     with pytest.raises(ValueError, match="14, 2"):
         cublaslt.multiply(scattered, whole(DEPTH, COLUMNS), out)
@@ -213,3 +252,10 @@ def test_shapes_that_do_not_fit_and_products_that_nobody_has(library: Documented
     narrow = whole(ROWS, DEPTH)
     beside_torch(narrow, right, out)
     assert torch.equal(out, narrow.float() @ right.float())
+
+
+def test_an_error_is_not_a_shape_that_nobody_has(library: Documented, monkeypatch) -> None:
+    monkeypatch.setattr(cublaslt, "_status", lambda function, *arguments: 3 if function.endswith("Heuristic")
+                        else library(function, *arguments))
+    with pytest.raises(RuntimeError, match="cublasLtMatmulAlgoGetHeuristic failed with status 3"):
+        beside_torch(whole(ROWS, DEPTH), whole(DEPTH, COLUMNS), torch.empty(ROWS, COLUMNS))

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.gate import TorchGate
 from megatron.pretrain.model.fused.linear import Linear, _RowLinear
+
+
+@pytest.mark.parametrize("flags", [(), ("--fp8",)], ids=["bf16", "fp8"])
+def test_every_weight_is_waited_for_before_it_is_used(flags: tuple[str, ...], run_tool) -> None:
+    """As --overlap-param-gather needs; what the forward pass of no module uses is not gathered in time."""
+    said = run_tool(Path(__file__).with_name("drive_hooks.py"), *flags, env={"OMP_NUM_THREADS": "1"})
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert "waited for 15 weights" in said.stdout
 
 
 def strided(length: int, batch: int, width: int) -> torch.Tensor:

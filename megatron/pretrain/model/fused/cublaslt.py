@@ -2,13 +2,14 @@
 
 An fp8 product adds to a matrix: `torch._scaled_mm` writes its result, and adding that to an accumulator afterwards
 moves 10 bytes a weight more. And any product takes the fastest of the algorithms that cuBLASLt proposes: at NEO's
-shapes on an H200 the one that torch takes was up to 19 % slower in fp8 and up to 8 % in bf16. Numbers below are
-cublasLt.h's.
+shapes on an H200 the one that torch takes was up to 19 % slower in fp8 and, but for the smallest, up to 8 % in bf16.
+Numbers below are cublasLt.h's.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,7 +19,14 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
-PROPOSALS, COMPARED_ROWS, TRIALS, CALLS = 8, 256, 2, 2
+PROPOSALS = 8
+COMPARED_ROWS = 256
+"""Of two results, some of all of their tiles."""
+TRIALS, CALLS = 2, 2
+"""How often an algorithm is timed, and its calls each time."""
+TELLING = 1 / 16
+"""The share of numbers that are not zero, from which on equal bits say something."""
+NOT_SUPPORTED = 15
 
 CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 COMPUTE_32F = 68
@@ -27,6 +35,8 @@ DESC_TRANSA, DESC_TRANSB, DESC_A_SCALE_POINTER, DESC_B_SCALE_POINTER, DESC_FAST_
 PREF_MAX_WORKSPACE_BYTES, PREF_MIN_ALIGNMENT = 1, {"a": 5, "b": 6, "c": 7, "d": 8}
 
 _Pointer = ctypes.c_void_p
+
+logger = logging.getLogger(__name__)
 
 
 class _Algorithm(ctypes.Structure):
@@ -63,6 +73,7 @@ class _Problem(NamedTuple):
     out: _Operand
     scaled: bool
     fast_accumulation: bool
+    has_plain: bool
 
 
 @dataclass
@@ -76,7 +87,7 @@ class _Plan:
     algorithms: list[_Algorithm]
     """In the order of cuBLASLt's guess."""
     chosen: int | None = None
-    """Of the candidates for the problem (`multiply`), once they were tried."""
+    """0 is what does the work before the choice, 1 the first algorithm."""
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, *, added: Tensor | None = None,
@@ -90,21 +101,23 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, added: Tensor | None =
     fp32 as they grow. ValueError for other shapes and strides.
 
     The first product of a shape that does not add to its own output tries the algorithms there are, which takes up
-    to 0.2 s (`_fastest`). `plain` does the same by other means: it is tried too, and sets the bits that all must give.
-    Raises RuntimeError where there is none for the shapes.
+    to 0.2 s (`_fastest`). `plain` does the same by other means: it sets the bits that an algorithm must give, and
+    does the work until one was chosen. RuntimeError where there is none for the shapes.
     """
     target = out if added is None else added
     rows, columns, depth = *out.shape, left.size(1)
     operands = [_operand(part) for part in (left, right, target, out)]
-    if plain is not None and None in operands:
+    fits = None not in operands and left.shape == (rows, depth) and right.shape == (depth, columns) \
+        and target.shape == out.shape and operands[2][:3] == operands[3][:3] and operands[3].by_rows
+    if not fits and plain is not None:
         plain()
         return
-    if None in operands or not (left.shape == (rows, depth) and right.shape == (depth, columns)
-                                and target.shape == out.shape and target.dtype == out.dtype):
+    if not fits:
         said = (f"{list(part.shape)} {part.dtype} {list(part.stride())}" for part in (out, target, left, right))
         raise ValueError("{} = {} + {} @ {}".format(*said))
     device = out.device
-    plan = _plan(_Problem(device, rows, columns, depth, *operands, inverses is not None, fast_accumulation))
+    plan = _plan(_Problem(device, rows, columns, depth, *operands, inverses is not None, fast_accumulation,
+                          plain is not None))
     if inverses is not None:
         # cuBLASLt's matrices are stored by columns: its result is out^T = right^T @ left^T, its first operand is right.
         for attribute, inverse in zip((DESC_B_SCALE_POINTER, DESC_A_SCALE_POINTER), inverses, strict=True):
@@ -119,40 +132,50 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, added: Tensor | None =
               _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
               _Pointer(stream))
 
-    candidates = [plain] if plain else []
-    candidates += [partial(run, algorithm) for algorithm in plan.algorithms]
-    if not candidates:
+    candidates = [partial(run, algorithm) for algorithm in plan.algorithms]
+    if plain is not None:
+        candidates.insert(0, plain)
+    elif candidates:
+        candidates.insert(0, candidates[0])
+    else:
         raise RuntimeError(f"cuBLASLt has no algorithm for {list(left.shape)} {left.dtype} @ {list(right.shape)} "
                            f"{right.dtype} in {out.dtype}")
     repeatable = added is None or added.data_ptr() != out.data_ptr()
     with torch.cuda.device(device):
         if plan.chosen is None and repeatable and not torch.cuda.is_current_stream_capturing():
-            plan.chosen = _fastest(candidates, out)
+            plan.chosen = _fastest(candidates[0], candidates[1:], out)
         candidates[plan.chosen or 0]()
 
 
-def _fastest(candidates: Sequence[Callable[[], None]], out: Tensor) -> int:
-    """Which takes the least time, of those whose result has the first one's bits.
+def _fastest(first: Callable[[], None], others: Sequence[Callable[[], None]], out: Tensor) -> int | None:
+    """Which of the others, counted from 1, takes the least time and has the first one's bits; 0 where none has.
 
     So the choice, which noise may decide, and which other ranks and runs may make in another way, is none of numbers:
-    tiles differ, the order of a sum does not. Those that cut a sum are left out.
+    tiles differ, the order of a sum does not. Those that cut a sum are left out. The first is not in the race: where
+    it is torch's, it may sum in yet another order what it adds to. None where these numbers cannot tell.
     """
-    if len(candidates) == 1:
-        return 0
-    compared = out[::max(1, out.size(0) // COMPARED_ROWS)].view(torch.int16)
-    candidates[0]()
-    expected, equal = compared.clone(), [0]
-    for number, candidate in enumerate(candidates[1:], start=1):
-        candidate()
-        if torch.equal(compared, expected):
-            equal.append(number)
-    spent_ms = [[_milliseconds(candidates[number]) for number in equal] for _ in range(TRIALS)]
+    compared = out[::max(1, out.size(0) // COMPARED_ROWS)]
+    first()
+    if not (compared.isfinite().all() and compared.count_nonzero() >= TELLING * compared.numel()):
+        return None
+    expected = compared.clone()
+    equal = [number for number, other in enumerate(others, start=1) if _gives(other, compared, expected)]
+    spent_ms = [[_milliseconds(others[number - 1]) for number in equal] for _ in range(TRIALS)]
     least_ms = [min(trials) for trials in zip(*spent_ms, strict=True)]
-    return equal[least_ms.index(min(least_ms))]
+    return equal[least_ms.index(min(least_ms))] if equal else 0
+
+
+def _gives(product: Callable[[], None], result: Tensor, expected: Tensor) -> bool:
+    try:
+        product()
+    except RuntimeError:    # what was proposed need not run
+        return False
+    return torch.equal(result.view(torch.int16), expected.view(torch.int16))
 
 
 def _milliseconds(call: Callable[[], None]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()    # so that the launches that follow wait for nothing but the GPU
     begin.record()
     for _ in range(CALLS):
         call()
@@ -208,7 +231,10 @@ def _proposals(problem: _Problem, description: _Pointer, first: _Pointer, second
     status = _status("cublasLtMatmulAlgoGetHeuristic", _handle(problem.device), description, first, second, result,
                      result, preference, PROPOSALS, guesses, ctypes.byref(found))
     _call("cublasLtMatmulPreferenceDestroy", preference)
-    return [guess.algorithm for guess in guesses[:found.value] if not guess.state] if not status else []
+    if status == NOT_SUPPORTED:
+        return []
+    _check("cublasLtMatmulAlgoGetHeuristic", status)
+    return [guess.algorithm for guess in guesses[:found.value] if not guess.state]
 
 
 def _layout(operand: _Operand, height: int, width: int) -> _Pointer:
@@ -240,13 +266,30 @@ def _workspace(device: torch.device, stream: int) -> Tensor:
 
 
 @cache
+def is_there() -> bool:
+    """Whether this torch is NVIDIA's and has loaded the library; a word in the log where it is and has not."""
+    if torch.version.cuda is None:
+        return False
+    try:
+        _library()
+    except OSError as error:
+        logger.warning("torch alone multiplies: %s", error)
+        return False
+    return True
+
+
+@cache
 def _library() -> ctypes.CDLL:
     """The one that torch has loaded: its name without a path finds it."""
     return ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
 
 
 def _call(function: str, *arguments: object) -> None:
-    if status := _status(function, *arguments):
+    _check(function, _status(function, *arguments))
+
+
+def _check(function: str, status: int) -> None:
+    if status:
         raise RuntimeError(f"{function} failed with status {status}")
 
 

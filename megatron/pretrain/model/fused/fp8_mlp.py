@@ -38,8 +38,8 @@ class Fp8GatedMLP(MLP):
 
 
 class _Fp8GatedMLP(torch.autograd.Function):
-    """hidden + the MLP of its norm. Keeps the hidden state, the norm as an fp8 transpose, and the halves, from which
-    the cast of their gradient remakes the activation; with `recompute` the norm the other way round instead."""
+    """hidden + the MLP of its norm. Keeps the hidden state, the norm's fp8 transpose, and the halves, from which the
+    cast of their gradient remakes the activation; with `recompute` the norm in fp8 in place of the halves."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Parameter, up: Parameter, down: Parameter, norm: FusedRMSNorm,

@@ -18,6 +18,7 @@ from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 
 
 SHORT_SUM = 4096
+"""Features that a product sums over."""
 
 
 class Gate(Protocol):

@@ -1,7 +1,8 @@
 """Matrix products of a linear layer, and the way of a weight's gradient into its fp32 accumulator.
 
 A weight is [out, in]; activations are [tokens, features]. Plain products go to cuBLAS, which is as fast as any
-kernel measured at these shapes (benchmarks/kernels.py), by the fastest of its algorithms that give torch's bits.
+kernel measured at these shapes (benchmarks/kernels.py), by the fastest of its algorithms that give torch's bits where
+nothing is added.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor, *, replace: bool = False) -> None:
-    """total [m, n] += left [m, k] @ right [k, n], or with `replace` = it; summed in fp32 whatever they are."""
+    """total [m, n] += left [m, k] @ right [k, n], or with `replace` = it; summed in fp32 whatever they are.
+
+    On a GPU by torch until a product of these shapes has replaced, and by the algorithm chosen then from there on.
+    """
     if total.dtype != left.dtype and _is_cublas(left):
         plain = partial(torch.ops.aten.mm.dtype_out, left, right, torch.float32, out=total) if replace else \
             partial(torch.ops.aten.addmm.dtype_out, total, left, right, torch.float32, out=total)
@@ -36,8 +40,8 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, *, replace: bool = Fa
 
 
 def _is_cublas(operand: Tensor) -> bool:
-    """Whether a product with this operand is one of NVIDIA's, of 16-bit numbers."""
-    return operand.is_cuda and torch.version.cuda is not None and operand.dtype in (torch.bfloat16, torch.float16)
+    """Whether cuBLASLt can multiply this operand, of 16-bit numbers, as torch would."""
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16) and cublaslt.is_there()
 
 
 def weight_gradient(weight: Parameter, output_gradient: Tensor, inputs: Tensor) -> Tensor:
