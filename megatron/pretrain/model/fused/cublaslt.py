@@ -105,46 +105,57 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, added: Tensor | None =
     does the work until one was chosen. RuntimeError where there is none for the shapes.
     """
     target = out if added is None else added
-    rows, columns, depth = *out.shape, left.size(1)
-    operands = [_operand(part) for part in (left, right, target, out)]
-    fits = None not in operands and left.shape == (rows, depth) and right.shape == (depth, columns) \
-        and target.shape == out.shape and operands[2][:3] == operands[3][:3] and operands[3].by_rows
-    if not fits and plain is not None:
+    problem = _problem(left, right, target, out, scaled=inverses is not None, fast_accumulation=fast_accumulation,
+                       has_plain=plain is not None)
+    if problem is None and plain is not None:
         plain()
         return
-    if not fits:
+    if problem is None:
         said = (f"{list(part.shape)} {part.dtype} {list(part.stride())}" for part in (out, target, left, right))
         raise ValueError("{} = {} + {} @ {}".format(*said))
-    device = out.device
-    plan = _plan(_Problem(device, rows, columns, depth, *operands, inverses is not None, fast_accumulation,
-                          plain is not None))
+    plan = _plan(problem)
+    others = _runs(plan, left, right, target, out, inverses, share=0.0 if added is None else 1.0)
+    if plain is None and not others:
+        raise RuntimeError(f"cuBLASLt has no algorithm for {list(left.shape)} {left.dtype} @ {list(right.shape)} "
+                           f"{right.dtype} in {out.dtype}")
+    ways = [plain or others[0], *others]
+    repeatable = added is None or added.data_ptr() != out.data_ptr()
+    with torch.cuda.device(out.device):
+        if plan.chosen is None and repeatable and not torch.cuda.is_current_stream_capturing():
+            plan.chosen = _fastest(ways[0], others, out)
+        ways[plan.chosen or 0]()
+
+
+def _problem(left: Tensor, right: Tensor, added: Tensor, out: Tensor, *, scaled: bool, fast_accumulation: bool,
+             has_plain: bool) -> _Problem | None:
+    """None of matrices that do not fit each other, or do not lie as they must."""
+    rows, columns, depth = *out.shape, left.size(1)
+    operands = [_operand(part) for part in (left, right, added, out)]
+    if None in operands or left.shape != (rows, depth) or right.shape != (depth, columns) or added.shape != out.shape:
+        return None
+    if not operands[3].by_rows or operands[2][:3] != operands[3][:3]:
+        return None
+    return _Problem(out.device, rows, columns, depth, *operands, scaled, fast_accumulation, has_plain)
+
+
+def _runs(plan: _Plan, left: Tensor, right: Tensor, added: Tensor, out: Tensor,
+          inverses: tuple[Tensor, Tensor] | None, share: float) -> list[Callable[[], None]]:
+    """out = share x added + left @ right by each of the plan's algorithms."""
     if inverses is not None:
         # cuBLASLt's matrices are stored by columns: its result is out^T = right^T @ left^T, its first operand is right.
         for attribute, inverse in zip((DESC_B_SCALE_POINTER, DESC_A_SCALE_POINTER), inverses, strict=True):
             _set(plan.description, attribute, _Pointer(inverse.data_ptr()))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    one, share = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0 if added is None else 1))
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    alpha, beta = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(share))
 
     def run(algorithm: _Algorithm) -> None:
-        _call("cublasLtMatmul", _handle(device), plan.description, one, _Pointer(right.data_ptr()), plan.first,
-              _Pointer(left.data_ptr()), plan.second, share, _Pointer(target.data_ptr()), plan.result,
+        _call("cublasLtMatmul", _handle(out.device), plan.description, alpha, _Pointer(right.data_ptr()), plan.first,
+              _Pointer(left.data_ptr()), plan.second, beta, _Pointer(added.data_ptr()), plan.result,
               _Pointer(out.data_ptr()), plan.result, ctypes.byref(algorithm),
-              _Pointer(_workspace(device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
+              _Pointer(_workspace(out.device, stream).data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
               _Pointer(stream))
 
-    candidates = [partial(run, algorithm) for algorithm in plan.algorithms]
-    if plain is not None:
-        candidates.insert(0, plain)
-    elif candidates:
-        candidates.insert(0, candidates[0])
-    else:
-        raise RuntimeError(f"cuBLASLt has no algorithm for {list(left.shape)} {left.dtype} @ {list(right.shape)} "
-                           f"{right.dtype} in {out.dtype}")
-    repeatable = added is None or added.data_ptr() != out.data_ptr()
-    with torch.cuda.device(device):
-        if plan.chosen is None and repeatable and not torch.cuda.is_current_stream_capturing():
-            plan.chosen = _fastest(candidates[0], candidates[1:], out)
-        candidates[plan.chosen or 0]()
+    return [partial(run, algorithm) for algorithm in plan.algorithms]
 
 
 def _fastest(first: Callable[[], None], others: Sequence[Callable[[], None]], out: Tensor) -> int | None:
