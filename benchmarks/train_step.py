@@ -19,7 +19,7 @@ from environment import machine
 from models import MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from train_step_arm import OPTIONS
+from train_step_config import OPTIONS
 from train_step_tables import show
 from train_step_turn import Turn
 
