@@ -25,8 +25,6 @@ from megatron.pretrain.model.fused.weights import ready_weight
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
 FORWARD, BACKWARD, CHAIN = 0.05, 0.07, 0.11
-STRAY = 1.5
-"""For a norm's weight: its gradient is a few dozen numbers."""
 BF16 = torch.bfloat16
 
 
@@ -68,14 +66,17 @@ def error(result: Tensor, exact: Tensor) -> float:
     return float((result.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
+def stray(values: Tensor) -> float:
+    """The norm of n independent errors strays by a share of 1 / sqrt(2 n): five times that, and a little."""
+    return 1 + 4 / values.numel() ** 0.5
+
+
 def exact_copies(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
 SIZES = [(1, 16, 16, 32), (34, 8, 64, 48)]
 LARGE = [*SIZES, (8192, 1, 3072, 9216)]
-NORMED = [(7, 16, 48, 32), (34, 8, 64, 48)]
-"""The gradient that passes a norm lacks the hidden state's direction, which of 16 features would be much."""
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
@@ -105,7 +106,7 @@ def test_linear_layers(device: str, recipe: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_gated_mlp(device: str, recompute: bool) -> None:
-    for length, batch, hidden, inner in NORMED if device == "cpu" else [*NORMED, (8192, 1, 3072, 8192)]:
+    for length, batch, hidden, inner in SIZES if device == "cpu" else [*SIZES, (8192, 1, 3072, 8192)]:
         inputs, upstream = (random(length, batch, hidden, device=device) for _ in range(2))
         up, down = parameter(2 * inner, hidden, device=device), parameter(hidden, inner, device=device)
         norm = norm_of(hidden, device)
@@ -121,14 +122,14 @@ def test_gated_mlp(device: str, recompute: bool) -> None:
         assert error(out.double() - inputs.double(), exact) < CHAIN
         grown = (weight.main_grad - was for weight, was in zip((norm.weight, up, down), before, strict=True))
         ours = (leaf.grad.double() - upstream.double(), *grown)
-        for mine, right, bound in zip(ours, gradients, (CHAIN, STRAY * CHAIN, CHAIN, CHAIN), strict=True):
-            assert error(mine, right) < bound
+        for mine, right in zip(ours, gradients, strict=True):
+            assert error(mine, right) < CHAIN * stray(right)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_linear_layer_of_a_norm(device: str, recipe: str) -> None:
-    for length, batch, inner, outer in NORMED if device == "cpu" else [*NORMED, (8192, 1, 3072, 9216)]:
+    for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:
         hidden, d_residual = (random(length, batch, inner, device=device) for _ in range(2))
         norm, weight = norm_of(inner, device), parameter(outer, inner, device=device)
         upstream = random(length, batch, outer, device=device)
@@ -143,8 +144,8 @@ def test_a_linear_layer_of_a_norm(device: str, recipe: str) -> None:
         assert error(out, exact) < FORWARD
         grown = (each.main_grad - was for each, was in zip((norm.weight, weight), before, strict=True))
         ours = (leaf.grad.double() - d_residual.double(), *grown)
-        for mine, right, bound in zip(ours, gradients, (BACKWARD, STRAY * BACKWARD, BACKWARD), strict=True):
-            assert error(mine, right) < bound
+        for mine, right in zip(ours, gradients, strict=True):
+            assert error(mine, right) < BACKWARD * stray(right)
 
 
 def test_a_weight_is_cast_once_a_step() -> None:

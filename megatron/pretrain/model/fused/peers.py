@@ -116,7 +116,8 @@ class PeerMemory:
         failed = torch.tensor(int(failure is not None), device=torch.cuda.current_device())
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
         if failed.item():
-            raise RuntimeError(str(failure or "on another rank"))
+            raise RuntimeError(f"memory of {2 * self._half_bytes:,} bytes that peers can read: "
+                               f"{failure or 'failed on another rank'}")
         return made
 
     def _next_half(self, needed_bytes: int) -> int:
