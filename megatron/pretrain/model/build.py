@@ -108,9 +108,6 @@ def _require_cuda_graph(config: RunConfig, implementation: str, device: torch.de
     if implementation != "fused":
         raise UserError(f"--enable-cuda-graph: the layers are {implementation}, and only fused ones are recorded; "
                         "see the log for why, or leave it out")
-    if config.layout.tensor_model_parallel_size > 1:
-        logger.warning("--enable-cuda-graph under tensor parallelism was timed, but its losses were not yet compared "
-                       "with those of a run without it: compare the first")
 
 
 def _fp8_layers(config: RunConfig) -> Callable[[int], bool]:
