@@ -11,9 +11,11 @@ from models import MODELS, Shape
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "graph": {"enable_cuda_graph": True},
+    "no_overlap": {},
     "recompute_mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
     "recompute_all": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
-"""What may stand behind an implementation, after a +: settings of `TrainConfig`."""
+"""What may stand behind an implementation, after a +: settings of `TrainConfig`. With `no_overlap` gradients are reduced
+and weights gathered after the computing, as with a recording: for a peer that has no memory for more."""
 
 
 class LeftOut(Exception):
@@ -41,7 +43,7 @@ def run_config(spec: dict[str, Any]) -> Any:
         raise LeftOut(f"this version has no --transformer-impl {layers}")
     shape, tp, dp = shape_of(spec), spec["tp"], spec["dp"]
     model = {name: value for name, value in dataclasses.asdict(shape).items() if name in fields}
-    overlapped = dp > 1 and "graph" not in options
+    overlapped = dp > 1 and not {"graph", "no_overlap"} & set(options)
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sections["model"] = {
         **model, "group_query_attention": shape.num_query_groups < shape.num_attention_heads,
