@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -17,10 +18,11 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules, get_num_layers_to_build)
 from megatron.core.utils import unwrap_model
 
-from megatron.pretrain.config import RunConfig
+from megatron.pretrain.config import LayoutConfig, RunConfig
 from megatron.pretrain.errors import UserError
 from megatron.pretrain.model.fused import peers
 from megatron.pretrain.model.fused.accumulators import replace_instead_of_zeroing
+from megatron.pretrain.model.fused.config import FusedConfig
 from megatron.pretrain.model.fused.fp8_model import Fp8State
 from megatron.pretrain.model.fused.kernels import installed, kernels_for, missing_packages
 from megatron.pretrain.model.fused.model import FusedGPTModel, layer_spec
@@ -132,7 +134,9 @@ def transformer_config(config: RunConfig, device: torch.device,
     dtype = _precision(config)
     chunk = layout.num_layers_per_virtual_pipeline_stage
     stage_layers = model.num_layers // layout.pipeline_model_parallel_size
-    return TransformerConfig(
+    kind = partial(FusedConfig, collectives_beside_products=_overlaps(layout)) if implementation == "fused" \
+        else TransformerConfig
+    return kind(
         num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads, num_query_groups=model.kv_heads,
         kv_channels=model.head_dim, layernorm_epsilon=model.norm_epsilon, init_method_std=model.init_method_std,
@@ -156,6 +160,12 @@ def transformer_config(config: RunConfig, device: torch.device,
         deterministic_mode=train.deterministic_mode, calculate_per_token_loss=train.calculate_per_token_loss,
         recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers, recompute_modules=list(train.recompute_modules))
+
+
+def _overlaps(layout: LayoutConfig) -> bool:
+    """Whether data-parallel ranks exchange gradients or weights while they compute."""
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return ranks > 1 and (layout.overlap_grad_reduce or layout.overlap_param_gather)
 
 
 def _chunk(config: RunConfig, engine: TransformerConfig, implementation: str, padded_vocab_size: int,

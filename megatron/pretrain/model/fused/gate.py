@@ -6,7 +6,7 @@ implementation: torch's is [gate | up], quack's alternates gate and up.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -41,9 +41,9 @@ class Gate(Protocol):
         """out = added + inputs @ weight^T, for [tokens, features]."""
 
 
-def gate_for(kernels: Kernels) -> Gate:
-    """The products of these kernels."""
-    return QuackGate() if kernels.gate == "quack" else TorchGate()
+def gate_for(kernels: Kernels, *, collectives_beside: bool = False) -> Gate:
+    """The products of these kernels; `collectives_beside` them others run, on some of the GPU's cores."""
+    return QuackGate(dynamic=collectives_beside) if kernels.gate == "quack" else TorchGate()
 
 
 class TorchGate:
@@ -78,27 +78,31 @@ class QuackGate:
     """quack's products: the activation, its derivative and the residual are part of the product's epilogue.
 
     The tile shapes are those that were fastest on an H200 at NEO's shapes (benchmarks/kernels.py); elsewhere
-    quack chooses.
+    quack chooses. A product's programs share its tiles evenly, or with `dynamic` take the next when they are done with
+    one: where a collective holds cores, an even share would wait for those programs that start late.
     """
+
+    def __init__(self, *, dynamic: bool = False) -> None:
+        self._tile = partial(_tile, dynamic=dynamic)
 
     def forward(self, inputs: Tensor, up: Parameter, halves: Tensor, activated: Tensor) -> None:
         from quack.gemm_interface import gemm_gated
 
         gemm_gated(inputs, up.detach().T, activation="swiglu", preact_out=halves, postact_out=activated,
-                   concat_layout=("B",), tuned=False, config=_tile(128, 192, True, (2, 1)))
+                   concat_layout=("B",), tuned=False, config=self._tile(128, 192, True, (2, 1)))
 
     def backward(self, gradient: Tensor, down: Parameter, halves: Tensor, d_halves: Tensor,
                  activated: Tensor) -> None:
         from quack.gemm_interface import gemm_dgated
 
         gemm_dgated(gradient, down.detach(), halves, activation="swiglu", dx_out=d_halves, postact_out=activated,
-                    dynamic_scheduler=True, tuned=False, config=_tile(128, 192, True, (2, 1)))
+                    dynamic_scheduler=True, tuned=False, config=self._tile(128, 192, True, (2, 1)))
 
     def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
-        _product(d_halves, up.detach(), out, concat_layout=("B",), config=_tile(128, 256, False, (1, 2)))
+        _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._tile(128, 256, False, (1, 2)))
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
-        config = _tile(128, 256, False, (2, 1))
+        config = self._tile(128, 256, False, (2, 1))
         if not hasattr(up, "main_grad"):
             out = torch.empty_like(up)
             _product(d_halves.T, inputs, out, concat_layout=("out",), config=config)
@@ -111,7 +115,7 @@ class QuackGate:
     def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
         # Short sums end often: in ping-pong one tile is written while the next is computed.
         short = inputs.size(-1) <= SHORT_SUM and weight.size(0) % 192 == 0
-        config = _tile(128, 192, True, (2, 1)) if short else _tile(128, 256, False, (1, 2))
+        config = self._tile(128, 192, True, (2, 1)) if short else self._tile(128, 256, False, (1, 2))
         _product(inputs, weight.detach().T, out, C=added, config=config)
 
 
@@ -123,11 +127,11 @@ def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:
 
 
 @cache
-def _tile(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int]) -> Any:
+def _tile(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int], *, dynamic: bool) -> Any:
     """A tile of the product, its schedule and its cluster on Hopper; None, quack's choice, elsewhere."""
     if torch.cuda.get_device_capability() != HOPPER:
         return None
     from quack.gemm_config import GemmConfig
 
     return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1],
-                      device_capacity=9, is_dynamic_persistent=False)
+                      device_capacity=9, is_dynamic_persistent=dynamic)

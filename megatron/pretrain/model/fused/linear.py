@@ -79,7 +79,8 @@ class RowLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_product = gate_for(kernels_for(self.weight.device, self.weight.dtype)).add_product
+        self.add_product = gate_for(kernels_for(self.weight.device, self.weight.dtype),
+                                    collectives_beside=self.config.collectives_beside_products).add_product
 
     def forward(self, inputs: Tensor, residual: Tensor) -> Tensor:
         """inputs [s, b, in / ranks], residual [s, b, out] (a shard of s with sequence parallelism) -> as residual."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused import communication as comm
+from megatron.pretrain.model.fused.config import FusedConfig
 from megatron.pretrain.model.fused.gate import Gate, gate_for
 from megatron.pretrain.model.fused.kernels import kernels_for
 from megatron.pretrain.model.fused.linear import ColumnLinear, RowLinear, project
@@ -23,10 +23,11 @@ from megatron.pretrain.model.fused.weights import ready_weight
 class GatedMLP(MLP):
     """residual + W2 (silu(Wg x) * Wu x) (Shazeer 2020, arXiv:2002.05202), with W1 = [Wg; Wu] on each rank."""
 
-    def __init__(self, config: TransformerConfig, **_: object) -> None:
+    def __init__(self, config: FusedConfig, **_: object) -> None:
         super().__init__(config, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
                          ffn_hidden_size=config.ffn_hidden_size)
-        self.gate = gate_for(kernels_for(self.linear_fc1.weight.device, config.params_dtype))
+        self.gate = gate_for(kernels_for(self.linear_fc1.weight.device, config.params_dtype),
+                             collectives_beside=config.collectives_beside_products)
         self.recompute = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
 
     def forward(self, hidden: Tensor, norm: FusedRMSNorm) -> Tensor:
