@@ -96,7 +96,7 @@ class QuackGate:
         from quack.gemm_interface import gemm_dgated
 
         gemm_dgated(gradient, down.detach(), halves, activation="swiglu", dx_out=d_halves, postact_out=activated,
-                    dynamic_scheduler=True, tuned=False, config=self._tile(128, 192, True, (2, 1)))
+                    dynamic_scheduler=True, tuned=False, config=self._tile(128, 128, True, (1, 2)))
 
     def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
         _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._tile(128, 256, False, (1, 2)))
