@@ -17,7 +17,7 @@ from megatron.pretrain.model.fused.fp8_linear import (
     rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
-from megatron.pretrain.model.fused.quantize import E4M3, Gated, GatedGradient
+from megatron.pretrain.model.fused.quantize import E4M3, Gated, GatedGradient, Normed, Quantized
 from megatron.pretrain.model.fused.weights import ready_weight
 
 
@@ -39,41 +39,49 @@ class Fp8GatedMLP(MLP):
 
 class _Fp8GatedMLP(torch.autograd.Function):
     """hidden + the MLP of its norm. Keeps the hidden state, the norm's fp8 transpose, and the halves, from which the
-    cast of their gradient remakes the activation; with `recompute` the norm in fp8 in place of the halves."""
+    cast of their gradient remakes the activation; with `recompute` the hidden state alone."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Parameter, up: Parameter, down: Parameter, norm: FusedRMSNorm,
                 up_casts: Casts, down_casts: Casts, group: dist.ProcessGroup | None, sequence_parallel: bool,
                 recompute: bool) -> Tensor:
-        source = normed(hidden, gain, norm.eps)
-        inputs, halves = cast_and_multiply(source, hidden, up_casts.inputs, group if sequence_parallel else None,
-                                           up.size(0), partial(product, up_casts.weight()))
-        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), both=False)
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
         ctx.kernel = norm.kernel
-        ctx.recompute = recompute
-        ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, *kept(inputs),
-                              inputs.data if recompute else halves, activated.inverse)
+        source = normed(hidden, gain, norm.eps)
+        inputs, halves = _halves(ctx, source, hidden, up)
+        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), both=False)
+        ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, activated.inverse,
+                              *(() if recompute else (*kept(inputs), halves)))
         return project(activated, down_casts.weight(), hidden, group, sequence_parallel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, gain, inverse_rms, up, down, transposed, inverse, rest, activated_inverse = ctx.saved_tensors
+        hidden, gain, inverse_rms, up, down, activated_inverse, *saved = ctx.saved_tensors
         up_casts, down_casts = ctx.casts
-        halves = rest.flatten(0, 1) if not ctx.recompute else gradient.new_empty(rest.size(0), up.size(0))
-        if ctx.recompute:
-            product(up_casts.weight(), rest, inverse, halves)
+        if saved:
+            *cast, halves = saved
+            inputs = restored(*cast)
+        else:
+            source = Normed(hidden.flatten(0, 1).contiguous(), gain.detach(), inverse_rms)
+            inputs, halves = _halves(ctx, source, hidden, up)
         d_output, d_activated = cast_and_multiply(
             rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None,
             down.size(1), partial(input_gradient, down_casts.weight()))
-        activated = torch.empty(down.size(1), halves.size(0), dtype=E4M3, device=halves.device)
+        activated = torch.empty(down.size(1), d_activated.numel() // down.size(1), dtype=E4M3, device=hidden.device)
         d_halves = up_casts.gradient.quantize(
-            GatedGradient(halves, d_activated.flatten(0, 1), activated, activated_inverse))
-        del rest, halves
+            GatedGradient(halves.flatten(0, 1), d_activated.flatten(0, 1), activated, activated_inverse))
+        del saved, halves
         reduced = reduced_gradient(d_halves, up_casts.weight(), d_activated, ctx.group, ctx.sequence_parallel)
         del d_activated
         d_down = weight_gradient(down, d_output, restored(activated, activated_inverse))
         del activated, d_output
-        d_up = weight_gradient(up, d_halves, restored(transposed, inverse))
+        d_up = weight_gradient(up, d_halves, inputs)
         d_hidden, d_gain = norm_gradients(hidden, reduced.wait(), gradient, gain, inverse_rms, ctx.kernel)
         return d_hidden, d_gain, d_up, d_down, None, None, None, None, None, None
+
+
+def _halves(ctx: Any, source: Normed, hidden: Tensor, up: Parameter) -> tuple[Quantized, Tensor]:
+    """The cast of the norm of hidden [s, b, h], and what it becomes before the activation [s, b, 2 f]."""
+    casts, _ = ctx.casts
+    return cast_and_multiply(source, hidden, casts.inputs, ctx.group if ctx.sequence_parallel else None, up.size(0),
+                             partial(product, casts.weight()))
