@@ -88,11 +88,12 @@ def test_norm(tokens: int, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("tokens, hidden, inner", [(64, 128, 256), (264, 512, 1536), (1024, 3072, 8192)])
-def test_gate(tokens: int, hidden: int, inner: int) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gate(dynamic: bool, tokens: int, hidden: int, inner: int) -> None:
     up, down, x, upstream, added = (parameter(2 * inner, hidden), parameter(hidden, inner), random(tokens, hidden),
                                     random(tokens, hidden), random(tokens, hidden))
     before = up.main_grad.clone()
-    gate = QuackGate()
+    gate = QuackGate(dynamic=dynamic)
     halves, d_halves = empty(tokens, 2 * inner), empty(tokens, 2 * inner)
     activated, again, d_x = empty(tokens, inner), empty(tokens, inner), empty(tokens, hidden)
     gate.forward(x, up, halves, activated)
