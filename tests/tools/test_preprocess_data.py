@@ -37,12 +37,10 @@ def preprocess(run_tool, tmp_path: Path, tiny_tokenizer: Path):
 
 
 LONG_RUN_FILES = 5
-ENDLESS_RUN_FILES = 100
-"""Of 172 MB: one of five was once done before it was stopped."""
 
 
 def outputs(folder: Path) -> list[str]:
-    inputs = ("my-corpus.json", "neo", *(f"long-{number}.json" for number in range(ENDLESS_RUN_FILES)))
+    inputs = ("my-corpus.json", "neo", *(f"long-{number}.json" for number in range(LONG_RUN_FILES)))
     return sorted(path.name for path in folder.iterdir() if path.name not in inputs)
 
 
@@ -150,19 +148,25 @@ def test_without_the_install_it_says_how(run_tool):
 
 
 @pytest.fixture
-def long_run(request: pytest.FixtureRequest, tmp_path: Path, tiny_tokenizer: Path):
-    """A run of two workers over as many files as its parameter says; ended afterwards if it still is there."""
+def long_run(tmp_path: Path, tiny_tokenizer: Path):
+    """A run of two workers that is surely not done within the test; ended afterwards if it still is there."""
     line = json.dumps({"text": "some words to be encoded one after another " * 2000}) + "\n"
     (tmp_path / "long-0.json").write_text(line * 2000)
-    for number in range(1, getattr(request, "param", LONG_RUN_FILES)):
+    for number in range(1, LONG_RUN_FILES):
         os.link(tmp_path / "long-0.json", tmp_path / f"long-{number}.json")
     process = subprocess.Popen(
         [sys.executable, str(TOOL), "--input", "long-*.json", "--output-prefix", "out",
          "--tokenizer-model", str(tiny_tokenizer), "--workers", "2"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
     wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and len(outputs(tmp_path)) == 5)
     yield process
     process.kill()
+
+
+def heed_signals() -> None:
+    """Also where the tests were started with signals ignored, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -183,7 +187,6 @@ def wait_for(condition, timeout_s: float = 60) -> None:
 KEPT = "stopped; what is done is kept, and the same command with --resume goes on from there\n"
 
 
-@pytest.mark.parametrize("long_run", [ENDLESS_RUN_FILES], indirect=True)
 @pytest.mark.parametrize("number, code, said", [
     (signal.SIGINT, 130, KEPT + "interrupted\n"), (signal.SIGTERM, 143, KEPT), (signal.SIGHUP, 129, KEPT)])
 def test_a_stopped_run_leaves_hidden_parts_alone(number: int, code: int, said: str, long_run, tmp_path: Path):
@@ -195,7 +198,6 @@ def test_a_stopped_run_leaves_hidden_parts_alone(number: int, code: int, said: s
     assert not any(is_alive(worker) for worker in workers)
 
 
-@pytest.mark.parametrize("long_run", [ENDLESS_RUN_FILES], indirect=True)
 def test_a_killed_worker_ends_the_run(long_run, tmp_path: Path):
     psutil.Process(long_run.pid).children()[1].kill()
     said = long_run.communicate(timeout=30)[1]

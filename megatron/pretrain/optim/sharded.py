@@ -13,33 +13,40 @@ keeps elsewhere. And after a load all parameters share one `step` tensor, so one
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
 
-# The engine's other types cannot save, or cannot change the layout. The second entry keeps its names plain.
+from megatron.pretrain.optim.wholes import gather, scatter, wholes
+
+Cut = ShardedTensor | ShardedTensorFactory
+
+# What a checkpoint says of itself. The second entry keeps the names of a plain optimizer plain.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-_MASTER_OF_DISTRIBUTED = "optimizer.state.param."
-_MASTER = "optimizer.state.fp32_param."
 
 
 def sharded_tensors(optimizer: MegatronOptimizer, model_content: dict[str, Any], *,
                     is_loading: bool) -> dict[str, Any]:
     """The state as sharded tensors: what to save, or with `is_loading` the places to load into.
 
-    `model_content` is the model's sharded state dict, from which the tensors take names and cuts.
+    `model_content` is the model's sharded state dict, from which the tensors take names and cuts. Of a distributed
+    optimizer a rank has the weights that it owns (`wholes`).
     """
     part = _only_part(optimizer)
     if is_loading:
         _prime(part)
-    state = optimizer.sharded_state_dict(model_content, is_loading=is_loading, metadata=SHARDING)
     if isinstance(part, DistributedOptimizer):
-        return {"param_state": _canonical(state["param_state"], has_master=part.config.bf16)}
+        return {"param_state": _owned_tensors(part, model_content, is_loading=is_loading)}
+    state = optimizer.sharded_state_dict(model_content, is_loading=is_loading, metadata=SHARDING)
     inner = state["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else state
     moments = {number: {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
                for number, tensors in inner["state"].items() if isinstance(number, int)}
@@ -52,9 +59,9 @@ def load_tensors(optimizer: MegatronOptimizer, loaded: dict[str, Any], updates: 
     part = _only_part(optimizer)
     state = part.state_dict()
     if isinstance(part, DistributedOptimizer):
-        state["param_state"] = loaded["param_state"]
-        state["param_state_sharding_type"] = SHARDING["distrib_optim_sharding_type"]
         _set_step(part, state["optimizer"]["param_groups"], updates)
+        part.load_state_dict(state)
+        _hand_out(part, loaded.get("param_state", {}))
     else:
         is_mixed = isinstance(part, Float16OptimizerWithFloat16Params)
         inner = state["optimizer"] if is_mixed else state
@@ -65,7 +72,7 @@ def load_tensors(optimizer: MegatronOptimizer, loaded: dict[str, Any], updates: 
         _set_step(part, inner["param_groups"], updates)
         if is_mixed:
             state["fp32_from_fp16_params"] = loaded["masters"]
-    part.load_state_dict(state)
+        part.load_state_dict(state)
     _unshare_steps(part)
 
 
@@ -97,14 +104,41 @@ def _set_with_defaults(self: DistributedOptimizer, model_param: torch.nn.Paramet
     DistributedOptimizer._set_main_param_and_optimizer_states(self, model_param, {**kept, **tensors})
 
 
-def _canonical(param_state: dict[int, dict[str, Any]], *, has_master: bool) -> dict[int, dict[str, Any]]:
-    """Name the distributed optimizer's master weights as the plain one's; in fp32 the weights are those."""
-    for tensors in param_state.values():
-        master = tensors.pop("param")
-        if has_master:
-            master.key = master.key.replace(_MASTER_OF_DISTRIBUTED, _MASTER, 1)
-            tensors["fp32_param"] = master
-    return param_state
+def _owned_tensors(part: DistributedOptimizer, model_content: dict[str, Any], *,
+                   is_loading: bool) -> dict[int, dict[str, Any]]:
+    """By the weight's number, the tensors of the weights that this rank owns, as the weight is cut."""
+    cuts, _ = extract_sharded_tensors_and_factories(model_content)
+    by_weight = {cut.data: cut for cut in nested_values(cuts)}
+    owned: dict[int, dict[str, Any]] = {}
+    for number, whole in enumerate(wholes(part)):
+        cut, is_owner = by_weight[whole.weight], whole.owner == part.data_parallel_group.rank()
+        for name, saved in _names(part).items():
+            values = gather(part, whole, name) if not is_loading else \
+                torch.zeros(whole.weight.numel()) if is_owner else None
+            if values is not None:
+                owned.setdefault(number, {})[name] = _cut_alike(cut, f"optimizer.state.{saved}.{cut.key}",
+                                                                values.view(whole.weight.shape))
+    return owned
+
+
+def _cut_alike(cut: Cut, key: str, values: Tensor) -> Cut:
+    """These values under this key, with a weight's place in the whole model; of its data-parallel copies the first."""
+    changes = {"key": key, "data": values, "replica_id": (*cut.replica_id[:-1], 0)}
+    return replace(cut, **changes, **({"dtype": values.dtype} if isinstance(cut, ShardedTensor) else {}))
+
+
+def _hand_out(part: DistributedOptimizer, owned: dict[int, dict[str, Tensor]]) -> None:
+    """Every rank's pieces, from what the owners of the weights have loaded."""
+    for number, whole in enumerate(wholes(part)):
+        pieces = {name: scatter(part, whole, owned.get(number, {}).get(name)) for name in _names(part)}
+        if whole.piece_of(part.data_parallel_group.rank()) is not None:
+            part._set_main_param_and_optimizer_states(whole.weight, pieces)
+
+
+def _names(part: DistributedOptimizer) -> dict[str, str]:
+    """What the optimizer calls a weight's tensors, and a checkpoint; in fp32 the weight is its own master."""
+    moments = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    return {**moments, "param": "fp32_param"} if part.config.bf16 else moments
 
 
 def _set_step(part: MegatronOptimizer, param_groups: list[dict[str, Any]], updates: int) -> None:
