@@ -1,6 +1,6 @@
 """Run by test_quantize.py: the fp8 kernels in Triton's interpreter, without a GPU, against float64.
 
-    python drive_quantize.py plain|normed|gated|gated_gradient|activated|specials|scales|transpose ...
+    python drive_quantize.py PART ...    # of SOURCES and OTHERS below
 """
 
 from __future__ import annotations
@@ -164,7 +164,21 @@ def check_transpose() -> None:
         assert torch.equal(transpose(data).view(torch.uint8), data.view(torch.uint8).T)
 
 
-OTHERS = {"activated": check_activated, "specials": check_specials, "scales": check_scales, "transpose": check_transpose}
+def check_lengths() -> None:
+    """Lines that do not end with a word are refused before anything is written."""
+    one = torch.ones((), device=DEVICE)
+    halves, upstream = values_of(4, 12), values_of(4, 6)
+    for source in (Source(values_of(4, 18)), Source(values_of(18, 4)), GatedGradient(halves, upstream)):
+        try:
+            quantize.quantize(source, one, E4M3)
+        except ValueError as error:
+            assert "multiple of 4 numbers" in str(error)
+        else:
+            raise AssertionError(f"{source.shape} was cast")
+
+
+OTHERS = {"activated": check_activated, "lengths": check_lengths, "specials": check_specials,
+          "scales": check_scales, "transpose": check_transpose}
 torch.manual_seed(0)
 for part in sys.argv[1:]:
     check_source(part) if part in SOURCES else OTHERS[part]()

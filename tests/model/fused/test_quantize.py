@@ -14,7 +14,7 @@ from megatron.pretrain.model.fused.quantize import (
 from megatron.pretrain.model.fused.quantize_reference import to_fp8
 
 DRIVER = Path(__file__).with_name("drive_quantize.py")
-PARTS = (("plain", "specials", "scales", "transpose"), ("normed", "gated", "gated_gradient", "activated"))
+PARTS = (("plain", "specials", "scales", "lengths", "transpose"), ("normed", "gated", "gated_gradient", "activated"))
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="-".join)

@@ -39,6 +39,7 @@ def gated(halves: Tensor, target: Target) -> None:
 def gated_gradient(halves: Tensor, gradient: Tensor, target: Target, activated: Tensor | None,
                    activated_inverse: Tensor | None) -> None:
     rows, columns = gradient.shape
+    _require_words(columns)    # the second half of a line begins with one, too
     words = None if activated is None else _words_of(activated)
     _cast_gated_gradient[_grid(rows, columns, TILE)](
         halves, gradient, rows, columns, words, activated_inverse, **_arguments(target, rows, columns),
@@ -72,9 +73,13 @@ def _even(rows: int, columns: int, tile: dict[str, int]) -> bool:
 
 def _words_of(matrix: Tensor) -> Tensor:
     """An fp8 matrix as the words it is written in. ValueError where its lines do not end with one."""
-    if matrix.size(1) % 4:
-        raise ValueError(f"fp8 kernels write lines of a multiple of 4 numbers, not {matrix.size(1)}")
+    _require_words(matrix.size(1))
     return matrix.view(torch.int32)
+
+
+def _require_words(length: int) -> None:
+    if length % 4:
+        raise ValueError(f"fp8 kernels write lines of a multiple of 4 numbers, not {length}")
 
 
 def _arguments(target: Target, rows: int, columns: int) -> dict[str, object]:
