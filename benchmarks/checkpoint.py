@@ -5,8 +5,8 @@
 Data-parallel processes with a distributed optimizer in bf16 save the same state: 14 bytes a weight. `project` is what
 pretrain_gpt.py does, any layout to any other; `fully_reshardable` is megatron-core's way to the same files, and
 `dp_reshardable` its way to files that only another data-parallel size can load. Arms take turns, each measurement in
-processes of its own, which save twice: the second time counts, in a run that saves again and again. Memory is what the
-largest process grows by meanwhile.
+processes of its own, which save twice: the second time counts, in a run that saves again and again. Memory is by how
+much the largest process then exceeds what it had before the first, without the writers that it forks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _started(arm: str, flags: argparse.Namespace) -> dict[str, Any]:
 
 def measure(arm: str, model: str, processes: int, folder: Path) -> None:
     """What one process of an arm does; rank 0 prints."""
-    import torch
+    import psutil
     import torch.distributed as dist
     from train_step_config import run_config
 
@@ -96,15 +96,17 @@ def measure(arm: str, model: str, processes: int, folder: Path) -> None:
         step(optimizer, config.optim.clip_grad)
         save, load = _project(config, chunks, optimizer, folder) if arm == "project" else \
             _engine(arm, chunks, optimizer, folder)
+        before = psutil.Process().memory_info().rss
         save()
-        found = {**_timed("save", save), **(_timed("load", load) if load else {"load_s": None, "load_gib": None})}
+        found = {**_timed("save", save, before), **(_timed("load", load, before) if load else
+                                                    {"load_s": None, "load_gib": None})}
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, found)
         if place.is_main:
             slowest = {name: None if found[name] is None else max(each[name] for each in gathered) for name in found}
             files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             print("MEASURED " + json.dumps({**slowest, "files_gib": files / 2**30}))
-        torch.distributed.barrier()
+        dist.barrier()
 
 
 def _project(config: Any, chunks: list[Any], optimizer: Any, folder: Path) -> tuple[Callable[[], Any], ...]:
@@ -155,11 +157,11 @@ def _engine(kind: str, chunks: list[Any], optimizer: Any, folder: Path) -> tuple
     return save, load if kind == "fully_reshardable" else None
 
 
-def _timed(name: str, call: Callable[[], Any]) -> dict[str, float]:
+def _timed(name: str, call: Callable[[], Any], before: int) -> dict[str, float]:
     import torch.distributed as dist
 
     dist.barrier()
-    with _peak_growth() as grown:
+    with _peak_growth(before) as grown:
         begin = time.perf_counter()
         call()
         dist.barrier()
@@ -168,12 +170,11 @@ def _timed(name: str, call: Callable[[], Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _peak_growth() -> Iterator[list[int]]:
-    """By how many bytes this process's resident memory grows at most, looked at every 5 ms."""
+def _peak_growth(before: int) -> Iterator[list[int]]:
+    """By how many bytes this process's resident memory exceeds what it was `before`, looked at every 5 ms."""
     import psutil
 
-    process, done = psutil.Process(), threading.Event()
-    before, grown = process.memory_info().rss, [0]
+    process, done, grown = psutil.Process(), threading.Event(), [0]
 
     def watch() -> None:
         while not done.wait(0.005):

@@ -40,7 +40,7 @@ def main(folder: str) -> None:
         facts = {"save": save(config, root / "save"), "failed": fail(config, root / "failed"),
                  "again": save_again(config, root / "again"), "rows": other_rows(config, root / "save"),
                  "finetune": finetune(config, root / "save"), "rng": random_states(config, root / "rng"),
-                 "damage": damage(config, root / "damage")}
+                 "damage": damage(config, root / "damage"), "unmoved": before_an_update(config, root / "unmoved")}
     print("FACTS " + json.dumps(facts))
 
 
@@ -132,6 +132,20 @@ def damage(config: RunConfig, root: Path) -> str:
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+def before_an_update(config: RunConfig, root: Path) -> dict[str, bool]:
+    """A run that ends before its first update, by each of the engine's optimizers, goes on with empty moments."""
+    found = {}
+    for kind in ("plain", "distributed"):
+        config = replace(config, layout=replace(config.layout, use_distributed_optimizer=kind == "distributed"))
+        chunks = build_model(config, ROWS, torch.device("cpu"))
+        folder = save_checkpoint(root / kind, chunks, build_optimizer(config, chunks), manifest_at(0, config))
+        moved, optimizer = built(config)
+        load_everything(folder, moved, optimizer, updates=0, with_rng=False)
+        moments = [state["exp_avg"] for part in parts(optimizer) for state in part.optimizer.state.values()]
+        found[kind] = weights(moved) == weights(chunks) and bool(moments) and not any(map(torch.any, moments))
+    return found
 
 
 def random_states(config: RunConfig, root: Path) -> dict[str, Any]:

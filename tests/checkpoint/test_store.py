@@ -79,6 +79,10 @@ def test_weights_alone_reach_the_master_weights_and_no_moments(facts: dict):
     assert facts["finetune"] == {"weights": True, "masters": True, "moments": 0}
 
 
+def test_a_run_is_saved_before_its_first_update(facts: dict):
+    assert facts["unmoved"] == {"plain": True, "distributed": True}
+
+
 def test_random_states_are_taken_over_only_when_asked(facts: dict):
     assert facts["rng"] == {"taken_over": True, "left_alone": True}
 

@@ -65,9 +65,10 @@ def test_two_ways_of_four_ranks_overlapped(tmp_path: Path, train, start: Path, a
 
 def test_tensor_parallel_checkpoint_resumes_in_a_pipeline(tmp_path: Path, train, start: Path,
                                                           alone: list[float]) -> None:
+    """Both data-parallel too, so that whole tensors are joined and handed out among two ranks of each part."""
     first = train(tmp_path / "tp", *LENGTH, "--load", start, "--tensor-model-parallel-size", 2,
-                  "--exit-interval", 11, processes=2)
+                  "--use-distributed-optimizer", "--exit-interval", 11, processes=4)
     second = train(tmp_path / "pp", *LENGTH, "--load", first.checkpoints, "--pipeline-model-parallel-size", 2,
-                   "--use-distributed-optimizer", processes=2)
+                   "--use-distributed-optimizer", processes=4)
     assert len(first.losses()) == 9
     assert first.losses() + second.losses() == pytest.approx(alone, abs=TOLERANCE)

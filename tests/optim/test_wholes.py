@@ -1,4 +1,4 @@
-"""A distributed optimizer's tensors at their owners and back, by real ranks; that files hold them is test_optimizer's."""
+"""A distributed optimizer's tensors at their owners and back, by real ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron.pretrain.optim.wholes import shared_out
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_owners_join_all_pieces_and_hand_them_out(ranks: int, run_tool) -> None:
+def test_owners_join_all_pieces_and_hand_them_out(ranks: int, run_tool, tmp_path: Path) -> None:
     said = run_tool("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-                    Path(__file__).parent / "drive_wholes.py", env={"OMP_NUM_THREADS": "1"})
+                    Path(__file__).parent / "drive_wholes.py", tmp_path, env={"OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stderr
     facts = json.loads(said.stdout.partition("FACTS ")[2])
-    assert all(rank["joined"] and rank["handed_out"] for rank in facts)
+    assert all(rank["joined"] and rank["handed_out"] and rank["saved_by_one"] for rank in facts)
     first = facts[0]
     assert sum(rank["owned"] for rank in facts) == first["all"]
     assert max(rank["owned"] for rank in facts) <= first["all"] / ranks + first["largest"]
     if ranks > 1:
-        assert first["whole"] and first["cut"] and first["owned_without_a_piece"], "each case has been looked at"
+        assert first["at_its_owner"] and first["cut"] and first["owned_without_a_piece"], "each case has been looked at"
 
 
 def test_all_own_about_as_much() -> None:

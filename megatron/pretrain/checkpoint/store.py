@@ -54,7 +54,7 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
     dist.barrier()
     with _parameters_at_rest(chunks):
         content = _model_content(chunks)
-        content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=False)
+        content |= _optimizer_content(optimizer, content, is_loading=False)
         content["rng"] = _sharded_rng()
         content["fp8"] = _sharded_fp8(chunks)
         dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
@@ -81,14 +81,14 @@ def load_everything(folder: Path, chunks: list[DistributedDataParallel], optimiz
     `updates` is how many optimizer steps the saved state has seen.
     """
     content = _model_content(chunks)
-    content["optimizer"] = sharded_tensors(optimizer, _of_model(content), is_loading=True)
+    content |= _optimizer_content(optimizer, content, is_loading=True)
     if with_rng:
         content["rng"] = _sharded_rng()
     content["fp8"] = _saved_fp8(folder, chunks)
     loaded = _load(folder, content)
     _load_model(folder, chunks, loaded)
     _load_fp8(chunks, loaded.get("fp8", {}))  # an empty entry does not come back
-    load_tensors(optimizer, loaded["optimizer"], updates)
+    load_tensors(optimizer, loaded.get("optimizer", {}), updates)
     if with_rng:
         _set_rng(loaded["rng"])
 
@@ -98,6 +98,12 @@ def _model_content(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     return {name: _weights_alone(unwrap_model(chunk).sharded_state_dict())
             for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _optimizer_content(optimizer: MegatronOptimizer, content: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Without an entry where this rank has nothing to save or load: an empty one would not come back."""
+    tensors = sharded_tensors(optimizer, _of_model(content), is_loading=is_loading)
+    return {"optimizer": tensors} if tensors else {}
 
 
 def _weights_alone(content: dict[str, Any]) -> dict[str, Any]:

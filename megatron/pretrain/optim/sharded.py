@@ -39,13 +39,13 @@ def sharded_tensors(optimizer: MegatronOptimizer, model_content: dict[str, Any],
     """The state as sharded tensors: what to save, or with `is_loading` the places to load into.
 
     `model_content` is the model's sharded state dict, from which the tensors take names and cuts. Of a distributed
-    optimizer a rank has the weights that it owns (`wholes`).
+    optimizer a rank has the tensors that it owns (`wholes`), and nothing where there are fewer than ranks.
     """
     part = _only_part(optimizer)
-    if is_loading:
-        _prime(part)
+    _prime(part)
     if isinstance(part, DistributedOptimizer):
-        return {"param_state": _owned_tensors(part, model_content, is_loading=is_loading)}
+        owned = _owned_tensors(part, model_content, is_loading=is_loading)
+        return {"param_state": owned} if owned else {}
     state = optimizer.sharded_state_dict(model_content, is_loading=is_loading, metadata=SHARDING)
     inner = state["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else state
     moments = {number: {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
@@ -104,20 +104,19 @@ def _set_with_defaults(self: DistributedOptimizer, model_param: torch.nn.Paramet
     DistributedOptimizer._set_main_param_and_optimizer_states(self, model_param, {**kept, **tensors})
 
 
-def _owned_tensors(part: DistributedOptimizer, model_content: dict[str, Any], *,
-                   is_loading: bool) -> dict[int, dict[str, Any]]:
-    """By the weight's number, the tensors of the weights that this rank owns, as the weight is cut."""
+def _owned_tensors(part: DistributedOptimizer, model_content: dict[str, Any], *, is_loading: bool) -> dict[int, Cut]:
+    """By their numbers, the tensors that this rank owns, cut as their weights are."""
     cuts, _ = extract_sharded_tensors_and_factories(model_content)
     by_weight = {cut.data: cut for cut in nested_values(cuts)}
-    owned: dict[int, dict[str, Any]] = {}
-    for number, whole in enumerate(wholes(part)):
-        cut, is_owner = by_weight[whole.weight], whole.owner == part.data_parallel_group.rank()
-        for name, saved in _names(part).items():
-            values = gather(part, whole, name) if not is_loading else \
-                torch.zeros(whole.weight.numel()) if is_owner else None
-            if values is not None:
-                owned.setdefault(number, {})[name] = _cut_alike(cut, f"optimizer.state.{saved}.{cut.key}",
-                                                                values.view(whole.weight.shape))
+    names = _names(part)
+    owned: dict[int, Cut] = {}
+    for number, whole in enumerate(wholes(part, list(names))):
+        is_owner = whole.owner == part.data_parallel_group.rank()
+        values = gather(part, whole) if not is_loading else torch.zeros(whole.weight.numel()) if is_owner else None
+        if values is not None:
+            cut = by_weight[whole.weight]
+            owned[number] = _cut_alike(cut, f"optimizer.state.{names[whole.name]}.{cut.key}",
+                                       values.view(whole.weight.shape))
     return owned
 
 
@@ -127,12 +126,12 @@ def _cut_alike(cut: Cut, key: str, values: Tensor) -> Cut:
     return replace(cut, **changes, **({"dtype": values.dtype} if isinstance(cut, ShardedTensor) else {}))
 
 
-def _hand_out(part: DistributedOptimizer, owned: dict[int, dict[str, Tensor]]) -> None:
-    """Every rank's pieces, from what the owners of the weights have loaded."""
-    for number, whole in enumerate(wholes(part)):
-        pieces = {name: scatter(part, whole, owned.get(number, {}).get(name)) for name in _names(part)}
-        if whole.piece_of(part.data_parallel_group.rank()) is not None:
-            part._set_main_param_and_optimizer_states(whole.weight, pieces)
+def _hand_out(part: DistributedOptimizer, owned: dict[int, Tensor]) -> None:
+    """Every rank's pieces, from what the owners have loaded."""
+    for number, whole in enumerate(wholes(part, list(_names(part)))):
+        piece = scatter(part, whole, owned.get(number))
+        if piece is not None:
+            part._set_main_param_and_optimizer_states(whole.weight, {whole.name: piece})
 
 
 def _names(part: DistributedOptimizer) -> dict[str, str]:
@@ -157,7 +156,8 @@ def _counts_by_parameter(part: MegatronOptimizer) -> bool:
 
 
 def _prime(part: MegatronOptimizer) -> None:
-    """Give torch's AdamW empty moments, which the engine's loading copies into but does not create."""
+    """Give torch's AdamW the moments that it has before its first update: what is saved then, and what the
+    engine's loading copies into but does not create."""
     for parameter, state in _torch_states(part):
         if not state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter),
