@@ -128,10 +128,14 @@ def _cut_alike(cut: Cut, key: str, values: Tensor) -> Cut:
 
 def _hand_out(part: DistributedOptimizer, owned: dict[int, Tensor]) -> None:
     """Every rank's pieces, from what the owners have loaded."""
-    for number, whole in enumerate(wholes(part, list(_names(part)))):
+    names, pieces = list(_names(part)), {}
+    for number, whole in enumerate(wholes(part, names)):
         piece = scatter(part, whole, owned.get(number))
         if piece is not None:
-            part._set_main_param_and_optimizer_states(whole.weight, {whole.name: piece})
+            pieces[whole.name] = piece
+        if len(pieces) == len(names):    # a weight's tensors follow each other, and its pieces are cut alike
+            part._set_main_param_and_optimizer_states(whole.weight, pieces)
+            pieces = {}
 
 
 def _names(part: DistributedOptimizer) -> dict[str, str]:
