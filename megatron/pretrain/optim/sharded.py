@@ -128,9 +128,9 @@ def _cut_alike(cut: Cut, key: str, values: Tensor) -> Cut:
 
 def _hand_out(part: DistributedOptimizer, owned: dict[int, Tensor]) -> None:
     """Every rank's pieces, from what the owners have loaded."""
-    names, pieces = list(_names(part)), {}
+    rank, names, pieces = part.data_parallel_group.rank(), list(_names(part)), {}
     for number, whole in enumerate(wholes(part, names)):
-        piece = scatter(part, whole, owned.get(number))
+        piece = scatter(part, whole, owned[number] if whole.owner == rank else None)
         if piece is not None:
             pieces[whole.name] = piece
         if len(pieces) == len(names):    # a weight's tensors follow each other, and its pieces are cut alike
