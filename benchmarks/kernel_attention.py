@@ -14,6 +14,8 @@ from kernel_parts import CHECKED_ROWS, Candidates, Lazy, Part, Setting, moved
 from torch import Tensor
 from torch.nn import functional
 
+from megatron.pretrain.model.fused import attention
+
 
 def attention_forward(setting: Setting) -> Part:
     query, key, value = _heads(setting)
@@ -43,8 +45,10 @@ def attention_backward(setting: Setting) -> Part:
     if setting.on_gpu:
         candidates["cuDNN"] = Lazy(partial(_cudnn_backward, query, key, value, gradient))
     flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient)),
-             "project: cuDNN from flash-attn-4": Lazy(partial(_project_cudnn_backward, setting, query, key, value,
-                                                               gradient))}
+             "project: cuDNN from flash-attn-4": Lazy(partial(_project_backward, setting, query, key, value, gradient,
+                                                               attention._cudnn_backward))}
+    if setting.shape.kv_channels == attention.PROJECT_BACKWARD_HEAD_DIM:
+        flash["project"] = Lazy(partial(_project_backward, setting, query, key, value, gradient, _into_packed_heads))
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.cat([part[:, :, -CHECKED_ROWS:].flatten().double() for part in gradients])
@@ -106,12 +110,10 @@ def _flash_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor)
         *heads, out, outer, statistics, causal=True)[:3])
 
 
-def _project_cudnn_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor,
-                            gradient: Tensor) -> Callable[[], Any]:
-    """The way that the fused layers take where heads are wide, from packed heads and flash-attn-4's result."""
+def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor,
+                      backward: Callable[..., Any]) -> Callable[[], Any]:
+    """What the fused layers do where heads are wide, from packed heads and flash-attn-4's result."""
     from flash_attn.cute.interface import _flash_attn_fwd
-
-    from megatron.pretrain.model.fused import attention
 
     shape = setting.shape
     groups, each = shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups
@@ -124,8 +126,11 @@ def _project_cudnn_backward(setting: Setting, query: Tensor, key: Tensor, value:
     _, statistics, *_ = _flash_attn_fwd(*attention._split(mixed), causal=True, return_lse=True,
                                         out=context.transpose(0, 1))
     d_context = gradient.permute(2, 0, 1, 3).contiguous()
-    return lambda: tuple(part.transpose(1, 2)
-                         for part in attention._cudnn_backward(mixed, context, d_context, statistics))
+    return lambda: tuple(part.transpose(1, 2) for part in backward(mixed, context, d_context, statistics))
+
+
+def _into_packed_heads(mixed: Tensor, *rest: Tensor) -> attention.Heads:
+    return attention._project_backward(mixed, *rest, attention._split(torch.empty_like(mixed)))
 
 
 def _reference_attention(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None = None) -> Any:

@@ -23,7 +23,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
 
 # The names under which distributions are imported, where the two differ.
 IMPORTED_AS = {"megatron-core": "megatron", "pyyaml": "yaml", "flash-attn-4": "flash_attn",
-               "quack-kernels": "quack", "transformer-engine": "transformer_engine"}
+               "nvidia-cutlass-dsl": "cutlass", "quack-kernels": "quack", "transformer-engine": "transformer_engine"}
 # NVIDIA's apex comes from no registry: it is used where the machine has it.
 FOUND_BY_IMPORT_ONLY = {"apex"}
 

@@ -159,6 +159,19 @@ HEADS = {"multi-head 192": (4, 1, 192), "multi-query 256": (1, 8, 256), "grouped
 @pytest.mark.parametrize("length, batch", [(1, 1), (257, 2), (2048, 1)])
 @pytest.mark.parametrize("groups, queries, width", HEADS.values(), ids=HEADS.keys())
 def test_attention(groups: int, queries: int, width: int, length: int, batch: int, deterministic: bool) -> None:
+    check_attention(groups, queries, width, length, batch, deterministic, "cuDNN")
+
+
+# A tile of 64 and its edges, ends within a tile, and more tiles than a GPU takes at once.
+@pytest.mark.parametrize("length, batch", [(1, 1), (63, 1), (64, 2), (65, 1), (257, 3), (2048, 1), (4100, 1)])
+@pytest.mark.parametrize("groups, queries", [(1, 8), (3, 1), (2, 4)])
+def test_backward_of_wide_heads(groups: int, queries: int, length: int, batch: int) -> None:
+    check_attention(groups, queries, 256, length, batch, False, "project")
+
+
+def check_attention(groups: int, queries: int, width: int, length: int, batch: int, deterministic: bool,
+                    wide_backward: str) -> None:
+    """Against fp64: the context, and the gradients of queries, keys and values."""
     mixed = random(length, batch, groups, queries + 2, width)
     upstream = random(length, batch, groups * queries * width)
     frequencies = 10000 ** (-torch.arange(0, width, 2, device="cuda") / width)
@@ -169,7 +182,7 @@ def test_attention(groups: int, queries: int, width: int, length: int, batch: in
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = mixed.clone().requires_grad_()
-        context = _RotaryAttention.apply(leaf.clone(), angles.float(), deterministic)
+        context = _RotaryAttention.apply(leaf.clone(), angles.float(), deterministic, wide_backward)
         return context.detach(), torch.autograd.grad(context, leaf, upstream)[0]
 
     context, gradient = run()

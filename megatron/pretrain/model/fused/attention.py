@@ -14,6 +14,7 @@ from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
 # Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
 FLASH_BACKWARD_HEAD_DIM = 192
+PROJECT_BACKWARD_HEAD_DIM = 256
 
 
 class FusedSelfAttention(SelfAttention):
@@ -29,7 +30,7 @@ class FusedSelfAttention(SelfAttention):
         if self.kernels.attention == "torch":
             context = torch_rotary_attention(mixed, angles)
         else:
-            context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode)
+            context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode, self.kernels.wide_backward)
         return self.linear_proj(context, residual)
 
     def _packed_heads(self, hidden: Tensor, norm: FusedRMSNorm) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ class _RotaryAttention(torch.autograd.Function):
     """Rotates `mixed` in place: it is the projection's output, which nothing else reads."""
 
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, angles: Tensor, deterministic: bool) -> Tensor:
+    def forward(ctx: Any, mixed: Tensor, angles: Tensor, deterministic: bool, wide_backward: str) -> Tensor:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         from megatron.pretrain.model.fused.triton_rotary import rotate_
@@ -80,7 +81,7 @@ class _RotaryAttention(torch.autograd.Function):
         _, statistics, *_ = _flash_attn_fwd(query, key, value, causal=True, return_lse=True,
                                             out=context.transpose(0, 1))
         ctx.save_for_backward(mixed, angles, context, statistics)
-        ctx.deterministic = deterministic
+        ctx.deterministic, ctx.wide_backward = deterministic, wide_backward
         return context.flatten(2)
 
     @staticmethod
@@ -90,16 +91,20 @@ class _RotaryAttention(torch.autograd.Function):
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
-        # cuDNN refuses a sequence of one position, and does not promise the same bits every time.
-        if mixed.size(-1) > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
+        # Only flash-attn-4 promises the same bits every time. cuDNN refuses a sequence of one position.
+        if ctx.deterministic or mixed.size(-1) <= FLASH_BACKWARD_HEAD_DIM:
+            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
+        elif ctx.wide_backward == "project" and mixed.size(-1) == PROJECT_BACKWARD_HEAD_DIM:
+            parts = _project_backward(mixed, context, d_context, statistics, _split(d_mixed))
+        elif mixed.size(0) > 1:
             parts = _cudnn_backward(mixed, context, d_context, statistics)
         else:
-            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
+            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), deterministic=False)
         if all(part.untyped_storage().data_ptr() == d_mixed.untyped_storage().data_ptr() for part in parts):
             rotate_(d_mixed, angles, inverse=True)
         else:
             pack_rotated_back(*parts, d_mixed, angles)
-        return d_mixed, None, None
+        return d_mixed, None, None, None
 
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -122,6 +127,13 @@ def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistic
     d_query, d_key, d_value = into
     _flash_attn_bwd(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, causal=True,
                     deterministic=deterministic, dq=d_query, dk=d_key, dv=d_value)
+    return into
+
+
+def _project_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, into: Heads) -> Heads:
+    from megatron.pretrain.model.fused import wide_backward
+
+    wide_backward.backward(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, into)
     return into
 
 
