@@ -47,7 +47,8 @@ def attention_backward(setting: Setting) -> Part:
     flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient)),
              "project: cuDNN from flash-attn-4": Lazy(partial(_project_backward, setting, query, key, value, gradient,
                                                                attention._cudnn_backward))}
-    if setting.shape.kv_channels == attention.PROJECT_BACKWARD_HEAD_DIM:
+    if (setting.shape.kv_channels == attention.PROJECT_BACKWARD_HEAD_DIM
+            and setting.shape.num_query_groups < setting.shape.num_attention_heads):
         flash["project"] = Lazy(partial(_project_backward, setting, query, key, value, gradient, _into_packed_heads))
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
 # Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
 FLASH_BACKWARD_HEAD_DIM = 192
+# The project's own is for this head dimension, and for groups of several queries.
 PROJECT_BACKWARD_HEAD_DIM = 256
 
 
@@ -94,7 +95,7 @@ class _RotaryAttention(torch.autograd.Function):
         # Only flash-attn-4 promises the same bits every time. cuDNN refuses a sequence of one position.
         if ctx.deterministic or mixed.size(-1) <= FLASH_BACKWARD_HEAD_DIM:
             parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
-        elif ctx.wide_backward == "project" and mixed.size(-1) == PROJECT_BACKWARD_HEAD_DIM:
+        elif ctx.wide_backward == "project" and mixed.size(-1) == PROJECT_BACKWARD_HEAD_DIM and mixed.size(3) > 3:
             parts = _project_backward(mixed, context, d_context, statistics, _split(d_mixed))
         elif mixed.size(0) > 1:
             parts = _cudnn_backward(mixed, context, d_context, statistics)

@@ -1,4 +1,4 @@
-"""Attention's backward pass for heads of 256 on Hopper: flash-attn-4's kernel with larger tiles.
+"""Grouped-query attention's backward pass for heads of 256 on Hopper: flash-attn-4's kernel with larger tiles.
 
 A tile of queries meets a tile of keys, and its part of the queries' gradient, 64 x 256 in fp32, is added to global
 memory. flash-attn-4 keeps 64 KB of shared memory for parts on their way, beside which 48 keys fit. Here a part leaves
@@ -46,39 +46,35 @@ def backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, d_out: Tens
              into: tuple[Tensor, Tensor, Tensor]) -> None:
     """The gradients of causal self-attention, written to `into`: query, key, value.
 
-    query, out, d_out [b, s, heads, 256] and key, value [b, s, groups, 256] in 16 bits, the last dimension contiguous;
-    statistics [b, heads, s] fp32, the natural logarithms of the softmax's sums. Sums are in fp32, in no fixed order.
+    query, out, d_out [b, s, heads, 256] and key, value [b, s, groups, 256], fewer groups than heads, in 16 bits, the
+    last dimension contiguous; statistics [b, heads, s] fp32, the natural logarithms of the softmax's sums. Sums are in
+    fp32, in no fixed order.
     """
     (batch, length, heads, width), groups = query.shape, key.size(2)
-    if width != HEAD_DIM:
-        raise ValueError(f"heads are {HEAD_DIM} wide here, not {width}")
+    if width != HEAD_DIM or heads == groups:
+        raise ValueError(f"heads that share keys and are {HEAD_DIM} wide, not {heads} of {width} with {groups} groups")
     dtype, scale = interface.torch2cute_dtype_map[query.dtype], width ** -0.5
     rounded = -(-length // TILE) * TILE
     sums = partial(torch.empty, dtype=torch.float32, device=query.device)
     d_query, output_sums, logarithms = sums(batch, heads, rounded * width), *sums(2, batch, heads, rounded)
     interface._bwd_preprocess(out, d_out, output_sums, statistics, logarithms, d_query, None, None, None, dtype, width,
                               width, TILE, hdim_multiple_of=32, fake_mode=False)
-    d_key, d_value = into[1:]
-    if heads != groups:    # the heads of a group add up
-        d_key, d_value = torch.zeros(2, batch, groups, rounded * width, dtype=torch.float32, device=query.device)
+    # The heads of a group add up.
+    d_key, d_value = torch.zeros(2, batch, groups, rounded * width, dtype=torch.float32, device=query.device)
     _kernel(dtype, heads // groups)(query, key, value, d_out, logarithms, output_sums, d_query, d_key, d_value, scale,
                                     *(None,) * 9, utils.AuxData(None, None), None, None)
     deliver = partial(interface._bwd_postprocess_convert, fake_mode=False)
     layout = (None, None, 90, dtype, width, TILE, WARPGROUPS * WARPGROUP_THREADS, 1, False)
-    deliver(d_query, into[0], scale, *layout)
-    if heads != groups:
-        deliver(d_key, into[1], scale, *layout)
-        deliver(d_value, into[2], 1.0, *layout)
+    for total, gradient, factor in zip((d_query, d_key, d_value), into, (scale, scale, 1.0), strict=True):
+        deliver(total, gradient, factor, *layout)
 
 
 def _kernel(dtype: type[cutlass.Numeric], heads_of_group: int) -> Any:
     """The compiled kernel, from flash-attn-4's cache of compiled kernels if the user has it kept."""
     key = (_source, str(dtype), heads_of_group)
     if key not in _compiled:
-        query, key_, value, _, d_out, _, *gradients, _, logarithms, output_sums, d_query, d_key, d_value, _ = (
-            interface.make_fake_bwd_tensors(dtype, heads_of_group > 1, False, False))
-        if heads_of_group == 1:
-            d_key, d_value = gradients
+        query, key_, value, _, d_out, _, _, _, _, logarithms, output_sums, d_query, d_key, d_value, _ = (
+            interface.make_fake_bwd_tensors(dtype, has_gqa=True, varlen_q=False, varlen_k=False))
         _compiled[key] = cute.compile(
             WideBackward(dtype, heads_of_group), query, key_, value, d_out, logarithms, output_sums, d_query, d_key,
             d_value, Float32(1.0), *(None,) * 9, utils.AuxData(None, None), None, None,
@@ -185,8 +181,6 @@ class WideBackward(FlashAttentionBackwardSm90):
             state_Q.advance()
             state_dO.advance()
             step.take(queries, state_Q, state_dO, on_diagonal=False)
-        if cutlass.const_expr(self.qhead_per_kvhead == 1):
-            dK.store(dK.load() * scale)
         self.epilogue_dKV(dV, mdV, sV, dK, mdK, sK, seqlen, tma_dK, tma_dV, product_dK, product_dV, thread, keys, head,
                           batch, heads_divisor, mdK_semaphore, mdV_semaphore)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
