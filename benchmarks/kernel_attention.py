@@ -14,8 +14,6 @@ from kernel_parts import CHECKED_ROWS, Candidates, Lazy, Part, Setting, moved
 from torch import Tensor
 from torch.nn import functional
 
-from megatron.pretrain.model.fused import attention
-
 
 def attention_forward(setting: Setting) -> Part:
     query, key, value = _heads(setting)
@@ -38,6 +36,8 @@ def attention_forward(setting: Setting) -> Part:
 
 
 def attention_backward(setting: Setting) -> Part:
+    from megatron.pretrain.model.fused import attention
+
     query, key, value = _heads(setting)
     gradient = setting.random(setting.tokens, 1, *query.shape[1::2]).permute(1, 2, 0, 3)
     left_out: list[str] = []
@@ -49,7 +49,9 @@ def attention_backward(setting: Setting) -> Part:
                                                                attention._cudnn_backward))}
     if (setting.shape.kv_channels == attention.PROJECT_BACKWARD_HEAD_DIM
             and setting.shape.num_query_groups < setting.shape.num_attention_heads):
-        flash["project"] = Lazy(partial(_project_backward, setting, query, key, value, gradient, _into_packed_heads))
+        flash["project"] = Lazy(partial(
+            _project_backward, setting, query, key, value, gradient, lambda mixed, *rest: attention._project_backward(
+                mixed, *rest, attention._split(torch.empty_like(mixed)))))
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.cat([part[:, :, -CHECKED_ROWS:].flatten().double() for part in gradients])
@@ -116,6 +118,8 @@ def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tenso
     """What the fused layers do where heads are wide, from packed heads and flash-attn-4's result."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    from megatron.pretrain.model.fused import attention
+
     shape = setting.shape
     groups, each = shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups
     # [1, heads, s, d] -> [s, 1, groups, heads of a group, d]
@@ -128,10 +132,6 @@ def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tenso
                                         out=context.transpose(0, 1))
     d_context = gradient.permute(2, 0, 1, 3).contiguous()
     return lambda: tuple(part.transpose(1, 2) for part in backward(mixed, context, d_context, statistics))
-
-
-def _into_packed_heads(mixed: Tensor, *rest: Tensor) -> attention.Heads:
-    return attention._project_backward(mixed, *rest, attention._split(torch.empty_like(mixed)))
 
 
 def _reference_attention(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None = None) -> Any:

@@ -92,15 +92,15 @@ class _RotaryAttention(torch.autograd.Function):
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
+        queries, width = mixed.size(3) - 2, mixed.size(-1)
         # Only flash-attn-4 promises the same bits every time. cuDNN refuses a sequence of one position.
-        if ctx.deterministic or mixed.size(-1) <= FLASH_BACKWARD_HEAD_DIM:
-            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
-        elif ctx.wide_backward == "project" and mixed.size(-1) == PROJECT_BACKWARD_HEAD_DIM and mixed.size(3) > 3:
+        others = width > FLASH_BACKWARD_HEAD_DIM and not ctx.deterministic
+        if others and ctx.wide_backward == "project" and width == PROJECT_BACKWARD_HEAD_DIM and queries > 1:
             parts = _project_backward(mixed, context, d_context, statistics, _split(d_mixed))
-        elif mixed.size(0) > 1:
+        elif others and mixed.size(0) > 1:
             parts = _cudnn_backward(mixed, context, d_context, statistics)
         else:
-            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), deterministic=False)
+            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
         if all(part.untyped_storage().data_ptr() == d_mixed.untyped_storage().data_ptr() for part in parts):
             rotate_(d_mixed, angles, inverse=True)
         else:

@@ -143,9 +143,6 @@ class WideBackward(FlashAttentionBackwardSm90):
             mine = product.get_slice(cute.make_layout(WARPGROUPS, stride=WARPGROUP_THREADS)(group))
             return sm90_utils.partition_fragment_ABC(mine, shape, left, right)
 
-        def transposed(factor: cute.Tensor) -> cute.Tensor:
-            return layout_utils.transpose_view(factor)
-
         def stored(to: cute.Tensor) -> Any:
             return copy_utils.get_smem_store_C(product_SdP, to, thread, position_independent=True,
                                                major_mode_size=TILE // WARPGROUPS)[0]
@@ -154,6 +151,7 @@ class WideBackward(FlashAttentionBackwardSm90):
             return layout_utils.mma_partition_C_vec(values, product_SdP.get_slice(thread), expand_shape=TILE,
                                                     is_colvec=True)
 
+        transposed = layout_utils.transpose_view
         dV, *factors_dV = operands(product_dV, transposed(sP), transposed(sdO), TILE, HEAD_DIM, TILE)
         dK, *factors_dK = operands(product_dK, transposed(sdS), transposed(sQ), TILE, HEAD_DIM, TILE)
         dV.fill(0.0)
