@@ -44,14 +44,13 @@ def attention_backward(setting: Setting) -> Part:
     candidates: Candidates = {"torch": _torch_backward(query, key, value, gradient)}
     if setting.on_gpu:
         candidates["cuDNN"] = Lazy(partial(_cudnn_backward, query, key, value, gradient))
-    flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient)),
-             "project: cuDNN from flash-attn-4": Lazy(partial(_project_backward, setting, query, key, value, gradient,
-                                                               attention._cudnn_backward))}
-    if (setting.shape.kv_channels == attention.PROJECT_BACKWARD_HEAD_DIM
-            and setting.shape.num_query_groups < setting.shape.num_attention_heads):
-        flash["project"] = Lazy(partial(
-            _project_backward, setting, query, key, value, gradient, lambda mixed, *rest: attention._project_backward(
-                mixed, *rest, attention._split(torch.empty_like(mixed)))))
+    flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient))}
+    # What the fused layers do, with the heads' rotation.
+    whole = {"cuDNN from flash-attn-4, rotated": attention._cudnn_backward}
+    if setting.shape.kv_channels in attention.PROJECT_BACKWARD_HEAD_DIMS:
+        whole["project, rotated"] = attention._project_backward
+    flash |= {name: Lazy(partial(_rotated_backward, setting, query, key, value, gradient, call))
+              for name, call in whole.items()}
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.cat([part[:, :, -CHECKED_ROWS:].flatten().double() for part in gradients])
@@ -113,9 +112,9 @@ def _flash_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor)
         *heads, out, outer, statistics, causal=True)[:3])
 
 
-def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor,
-                      backward: Callable[..., Any]) -> Callable[[], Any]:
-    """What the fused layers do where heads are wide, from packed heads and flash-attn-4's result."""
+def _rotated_backward(setting: Setting, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor,
+                      backward: Callable[..., None]) -> Callable[[], Any]:
+    """From packed heads and flash-attn-4's result to a packed gradient, turned by angles of nought."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     from megatron.pretrain.model.fused import attention
@@ -131,7 +130,14 @@ def _project_backward(setting: Setting, query: Tensor, key: Tensor, value: Tenso
     _, statistics, *_ = _flash_attn_fwd(*attention._split(mixed), causal=True, return_lse=True,
                                         out=context.transpose(0, 1))
     d_context = gradient.permute(2, 0, 1, 3).contiguous()
-    return lambda: tuple(part.transpose(1, 2) for part in backward(mixed, context, d_context, statistics))
+    angles = torch.zeros(setting.tokens, 1, 1, shape.kv_channels, device=mixed.device)
+
+    def run() -> tuple[Tensor, ...]:
+        d_mixed = torch.empty_like(mixed)
+        backward(mixed, context, d_context, statistics, angles, d_mixed)
+        return tuple(part.transpose(1, 2) for part in attention._split(d_mixed))
+
+    return run
 
 
 def _reference_attention(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None = None) -> Any:

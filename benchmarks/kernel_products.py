@@ -12,6 +12,7 @@ from torch import Tensor
 # Tiles of quack's products: rows, columns, ping-pong, cluster. Three are measured, or all on demand.
 TILES = {
     "128x192 pp 2x1": (128, 192, True, (2, 1)),
+    "256x192 1x2": (256, 192, False, (1, 2)),
     "128x256 2x1": (128, 256, False, (2, 1)),
     "256x192 2x1": (256, 192, False, (2, 1)),
     "128x256 1x2": (128, 256, False, (1, 2)),

@@ -12,7 +12,7 @@ from typing import Any
 # their names say so, so they come before the products.
 PARTS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|gloo"),
-    ("attention", r"flash_?att|flash_(fwd|bwd)|wide_?backward|sdpa|fmha|fprop|bprop|attention"),
+    ("attention", r"flash_?att|flash_(fwd|bwd)|sdpa|fmha|fprop|bprop|attention"),
     ("loss", r"cross_?entropy|online_softmax|element_mul|nll_loss|soft_?max(for|back)ward|log_softmax"),
     ("optimizer", r"adam|multi_?tensor|l2_?norm|foreach|lpnorm"),
     ("norm", r"rms_?norm|layer_?norm|rmsreduce|::normalization::"),

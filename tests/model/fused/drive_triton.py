@@ -1,6 +1,6 @@
 """Run by test_interpreted.py: compares one Triton kernel with its torch form, without a GPU.
 
-    python drive_triton.py adamw|rotary|loss
+    python drive_triton.py adamw|rotary|sums|loss
 """
 
 from __future__ import annotations
@@ -31,6 +31,42 @@ def rotary() -> None:
         triton_rotary.rotate_(turned, angles, inverse=True)
         torch.testing.assert_close(turned, mixed)
         assert torch.equal(packed, turned)
+        triton_rotary.rotate_(packed, angles, keys_only=True)
+        expected = turned.clone()
+        expected[..., -2:-1, :] = _rotated(turned[..., -2:-1, :], angles)
+        torch.testing.assert_close(packed, expected)
+        assert torch.equal(packed[..., :-2, :], turned[..., :-2, :]), "queries stay"
+
+
+def sums() -> None:
+    """Every head's place by the accumulator's definition: row and column of each thread's values."""
+    for length, batch, groups, queries, width in ((1, 1, 1, 1, 16), (70, 2, 2, 3, 48), (128, 1, 3, 1, 64)):
+        mixed = torch.randn(length, batch, groups, queries + 2, width)
+        angles = torch.randn(length, 1, 1, width // 2).repeat(1, 1, 1, 2)
+        packed = torch.full_like(mixed, torch.nan)
+        parts = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+        for part, slot, turn in zip(parts, (0, queries, queries + 1), (angles, angles, None), strict=True):
+            triton_rotary.pack_sums(scattered(part), packed, slot, 0.5, turn)
+        exact = mixed * 0.5
+        exact[..., :-1, :] = _rotated(exact[..., :-1, :], -angles)
+        torch.testing.assert_close(packed, exact)
+
+
+def scattered(heads: torch.Tensor) -> torch.Tensor:
+    """[s, b, heads, d] -> [b, heads, tiles * 64 * d], as 128 threads have it that keep four values side by side.
+
+    Of 8 columns a thread has, in its warp's 16 rows, columns 2 (lane mod 4) and the next, in row lane div 4 and 8 below.
+    """
+    length, batch, count, width = heads.shape
+    tiles = -(-length // 64)
+    rows = torch.nn.functional.pad(heads.permute(1, 2, 0, 3), (0, 0, 0, tiles * 64 - length), value=torch.nan)
+    out = torch.empty(batch, count, tiles, width // 8, 128, 4)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        for value in range(4):
+            row, column = warp * 16 + lane // 4 + value // 2 * 8, lane % 4 * 2 + value % 2
+            out[..., thread, value] = rows[:, :, row::64, column::8]
+    return out.flatten(2)
 
 
 def heads_of(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -77,5 +113,5 @@ def adamw() -> None:
 
 
 torch.manual_seed(0)
-{"adamw": adamw, "rotary": rotary, "loss": loss}[sys.argv[1]]()
+{"adamw": adamw, "rotary": rotary, "sums": sums, "loss": loss}[sys.argv[1]]()
 print(f"{sys.argv[1]}: equal")

@@ -161,7 +161,7 @@ HEADS = {"multi-head 192": (4, 1, 192), "multi-query 256": (1, 8, 256), "grouped
 @pytest.mark.parametrize("length, batch", [(1, 1), (257, 2), (2048, 1)])
 @pytest.mark.parametrize("groups, queries, width", HEADS.values(), ids=HEADS.keys())
 def test_attention(groups: int, queries: int, width: int, length: int, batch: int, deterministic: bool) -> None:
-    mixed, upstream, run = attention_of(groups, queries, width, length, batch, deterministic, "cuDNN")
+    mixed, upstream, run = attention_of(groups, queries, width, length, batch, deterministic, "flash-attn-4")
     errors = attention_errors(mixed, upstream, *run())
     assert errors.pop("context") < BOUND
     assert max(errors.values()) < 2 * BOUND, errors
@@ -169,25 +169,26 @@ def test_attention(groups: int, queries: int, width: int, length: int, batch: in
         assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
 
 
-# A tile of 64 and its edges, ends within a tile, and more tiles than a GPU takes at once.
-@pytest.mark.parametrize("length, batch", [(1, 1), (63, 1), (64, 2), (65, 1), (257, 3), (2048, 1), (4100, 1)])
-@pytest.mark.parametrize("groups, queries", [(1, 8), (2, 4), (3, 2)])
-def test_backward_of_wide_heads(groups: int, queries: int, length: int, batch: int) -> None:
-    mixed, upstream, run = attention_of(groups, queries, 256, length, batch, False, "project")
+# Tiles of 64 queries and 64 or 96 keys and their edges, ends within a tile, and more tiles than a GPU takes at once.
+@pytest.mark.parametrize("length, batch", [(1, 1), (63, 1), (64, 2), (65, 1), (97, 1), (257, 3), (2048, 1), (4100, 1)])
+@pytest.mark.parametrize("groups, queries, width", [(4, 1, 192), (2, 2, 192), (1, 8, 256), (2, 4, 256), (3, 1, 256)])
+def test_backward_of_heads(groups: int, queries: int, width: int, length: int, batch: int) -> None:
+    """The project's kernel."""
+    mixed, upstream, run = attention_of(groups, queries, width, length, batch, False, "project")
     errors = attention_errors(mixed, upstream, *run())
     assert errors.pop("context") < BOUND
     assert max(errors.values()) < 2 * BOUND, errors
 
 
 def attention_of(groups: int, queries: int, width: int, length: int, batch: int, deterministic: bool,
-                 wide_backward: str) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+                 backward: str) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor]]]:
     """Packed heads, a gradient of their context, and what computes from them context and the heads' gradient."""
     mixed = random(length, batch, groups, queries + 2, width)
     upstream = random(length, batch, groups * queries * width)
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = mixed.clone().requires_grad_()
-        context = _RotaryAttention.apply(leaf.clone(), angles_of(mixed).float(), deterministic, wide_backward)
+        context = _RotaryAttention.apply(leaf.clone(), angles_of(mixed).float(), deterministic, backward)
         return context.detach(), torch.autograd.grad(context, leaf, upstream)[0]
 
     return mixed, upstream, run

@@ -14,8 +14,8 @@ from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
 # Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
 FLASH_BACKWARD_HEAD_DIM = 192
-# The project's own is for this head dimension, and for groups of several queries.
-PROJECT_BACKWARD_HEAD_DIM = 256
+# Those of the project's own.
+PROJECT_BACKWARD_HEAD_DIMS = (192, 256)
 
 
 class FusedSelfAttention(SelfAttention):
@@ -31,7 +31,8 @@ class FusedSelfAttention(SelfAttention):
         if self.kernels.attention == "torch":
             context = torch_rotary_attention(mixed, angles)
         else:
-            context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode, self.kernels.wide_backward)
+            context = _RotaryAttention.apply(mixed, angles, self.config.deterministic_mode,
+                                             self.kernels.attention_backward)
         return self.linear_proj(context, residual)
 
     def _packed_heads(self, hidden: Tensor, norm: FusedRMSNorm) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ class _RotaryAttention(torch.autograd.Function):
     """Rotates `mixed` in place: it is the projection's output, which nothing else reads."""
 
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, angles: Tensor, deterministic: bool, wide_backward: str) -> Tensor:
+    def forward(ctx: Any, mixed: Tensor, angles: Tensor, deterministic: bool, backward: str) -> Tensor:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         from megatron.pretrain.model.fused.triton_rotary import rotate_
@@ -82,38 +83,27 @@ class _RotaryAttention(torch.autograd.Function):
         _, statistics, *_ = _flash_attn_fwd(query, key, value, causal=True, return_lse=True,
                                             out=context.transpose(0, 1))
         ctx.save_for_backward(mixed, angles, context, statistics)
-        ctx.deterministic, ctx.wide_backward = deterministic, wide_backward
+        ctx.deterministic, ctx.kernel = deterministic, backward
         return context.flatten(2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from megatron.pretrain.model.fused.triton_rotary import pack_rotated_back, rotate_
-
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
-        queries, width = mixed.size(3) - 2, mixed.size(-1)
+        width, made = mixed.size(-1), (mixed, context, d_context, statistics)
         # Only flash-attn-4 promises the same bits every time. cuDNN refuses a sequence of one position.
-        others = width > FLASH_BACKWARD_HEAD_DIM and not ctx.deterministic
-        if others and ctx.wide_backward == "project" and width == PROJECT_BACKWARD_HEAD_DIM and queries > 1:
-            parts = _project_backward(mixed, context, d_context, statistics, _split(d_mixed))
-        elif others and mixed.size(0) > 1:
-            parts = _cudnn_backward(mixed, context, d_context, statistics)
+        if ctx.kernel == "project" and width in PROJECT_BACKWARD_HEAD_DIMS and not ctx.deterministic:
+            _project_backward(*made, angles, d_mixed)
+        elif width > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
+            _cudnn_backward(*made, angles, d_mixed)
         else:
-            parts = _flash_backward(mixed, context, d_context, statistics, _split(d_mixed), ctx.deterministic)
-        if all(part.untyped_storage().data_ptr() == d_mixed.untyped_storage().data_ptr() for part in parts):
-            rotate_(d_mixed, angles, inverse=True)
-        else:
-            pack_rotated_back(*parts, d_mixed, angles)
+            _flash_backward(*made, angles, d_mixed, ctx.deterministic)
         return d_mixed, None, None, None
 
 
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Query [b, s, heads, d], key and value [b, s, groups, d]."""
-
-
-def _split(mixed: Tensor) -> Heads:
-    """[s, b, groups, queries + 2, d] -> its query, key and value heads.
+def _split(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[s, b, groups, queries + 2, d] -> query [b, s, heads, d], key and value [b, s, groups, d].
 
     Views, but for queries of several groups with several queries each, which no stride describes.
     """
@@ -121,25 +111,34 @@ def _split(mixed: Tensor) -> Heads:
     return tuple(part.transpose(0, 1) for part in parts)
 
 
-def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, into: Heads,
-                    deterministic: bool) -> Heads:
+def _flash_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, angles: Tensor,
+                    d_mixed: Tensor, deterministic: bool) -> None:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    d_query, d_key, d_value = into
+    from megatron.pretrain.model.fused.triton_rotary import pack_rotated_back, rotate_
+
+    parts = d_query, d_key, d_value = _split(d_mixed)
     _flash_attn_bwd(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, causal=True,
                     deterministic=deterministic, dq=d_query, dk=d_key, dv=d_value)
-    return into
+    if d_query.untyped_storage().data_ptr() == d_mixed.untyped_storage().data_ptr():
+        rotate_(d_mixed, angles, inverse=True)
+    else:
+        pack_rotated_back(*parts, d_mixed, angles)
 
 
-def _project_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, into: Heads) -> Heads:
-    from megatron.pretrain.model.fused import wide_backward
+def _project_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, angles: Tensor,
+                      d_mixed: Tensor) -> None:
+    from megatron.pretrain.model.fused import attention_backward
 
-    wide_backward.backward(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, into)
-    return into
+    attention_backward.backward(*_split(mixed), context.transpose(0, 1), d_context.transpose(0, 1), statistics, angles,
+                                d_mixed)
 
 
-def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor) -> Heads:
+def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistics: Tensor, angles: Tensor,
+                    d_mixed: Tensor) -> None:
     """cuDNN's backward pass from flash-attn-4's result: both keep the natural logarithm of the softmax's sum."""
+    from megatron.pretrain.model.fused.triton_rotary import pack_rotated_back
+
     heads_first = [part.transpose(1, 2) for part in _split(mixed)]
     outer = [part.permute(1, 2, 0, 3) for part in (d_context, context)]
     unused = torch.zeros((), dtype=torch.int64, device=mixed.device)  # of a dropout that there is not
@@ -147,4 +146,4 @@ def _cudnn_backward(mixed: Tensor, context: Tensor, d_context: Tensor, statistic
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         outer[0], *heads_first, outer[1], statistics.unsqueeze(-1), unused, unused, None, None, None,
         length, length, 0.0, True)
-    return tuple(part.transpose(1, 2) for part in gradients)
+    pack_rotated_back(*(part.transpose(1, 2) for part in gradients), d_mixed, angles)

@@ -99,10 +99,10 @@ class QuackGate:
                     dynamic_scheduler=True, tuned=False, config=self._tile(128, 128, True, (1, 2)))
 
     def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
-        _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._tile(128, 256, False, (1, 2)))
+        _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._large_tile(out.size(-1), (1, 2)))
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
-        config = self._tile(128, 256, False, (2, 1))
+        config = self._large_tile(inputs.size(-1), (2, 1))
         if not hasattr(up, "main_grad"):
             out = torch.empty_like(up)
             _product(d_halves.T, inputs, out, concat_layout=("out",), config=config)
@@ -115,8 +115,15 @@ class QuackGate:
     def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
         # Short sums end often: in ping-pong one tile is written while the next is computed.
         short = inputs.size(-1) <= SHORT_SUM and weight.size(0) % 192 == 0
-        config = self._tile(128, 192, True, (2, 1)) if short else self._tile(128, 256, False, (1, 2))
+        config = self._tile(128, 192, True, (2, 1)) if short else self._large_tile(out.size(-1), (1, 2))
         _product(inputs, weight.detach().T, out, C=added, config=config)
+
+    def _large_tile(self, columns: int, cluster: tuple[int, int]) -> Any:
+        """256 x 192 where it divides the columns, which moves the least data an operation; else 128 x 256.
+
+        The power that moving takes is what a GPU at its limit lacks to multiply.
+        """
+        return self._tile(256, 192, False, (1, 2)) if columns % 192 == 0 else self._tile(128, 256, False, cluster)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:

@@ -10,23 +10,20 @@ from functools import cache
 import torch
 
 HOPPER = (9, 0)
-WIDE_BACKWARD_FLASH_ATTENTION = "4.0.0b36"
-"""The flash-attn-4 whose kernel `wide_backward` changes from within."""
+CHANGED_FLASH_ATTENTION = "4.0.0b36"
+"""The flash-attn-4 whose kernel `attention_backward.py` changes from within."""
 PACKAGES = {"quack": "quack-kernels", "flash_attn.cute": "flash-attn-4", "triton": "triton"}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementation of each part; "torch" runs anywhere and is what the others are tested against.
-
-    `wide_backward` is attention's backward pass for heads wider than 192.
-    """
+    """The implementation of each part; "torch" runs anywhere and is what the others are tested against."""
 
     gate: str = "torch"
     norm: str = "torch"
     rotary: str = "torch"
     attention: str = "torch"
-    wide_backward: str = "torch"
+    attention_backward: str = "torch"
     loss: str = "torch"
 
     def __str__(self) -> str:
@@ -44,13 +41,13 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     triton = "triton" if installed("triton") else "torch"
     quack = "quack" if modern and installed("quack") else "torch"
     flash = "flash-attn-4" if modern and installed("flash_attn.cute") else "torch"
-    wide = "torch" if flash == "torch" else "project" if _wide_backward_fits(device) else "cuDNN"
-    return Kernels(gate=quack, norm=quack, rotary=triton, attention=flash, wide_backward=wide, loss=triton)
+    backward = "project" if flash == "flash-attn-4" and _project_backward_fits(device) else flash
+    return Kernels(gate=quack, norm=quack, rotary=triton, attention=flash, attention_backward=backward, loss=triton)
 
 
-def _wide_backward_fits(device: torch.device) -> bool:
+def _project_backward_fits(device: torch.device) -> bool:
     return (torch.cuda.get_device_capability(device) == HOPPER
-            and importlib.metadata.version("flash-attn-4") == WIDE_BACKWARD_FLASH_ATTENTION)
+            and importlib.metadata.version("flash-attn-4") == CHANGED_FLASH_ATTENTION)
 
 
 def missing_packages() -> list[str]:
