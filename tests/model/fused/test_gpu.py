@@ -89,7 +89,9 @@ def test_norm(tokens: int, hidden: int) -> None:
     assert error(d_weight, exact_d_weight) < BOUND
 
 
-@pytest.mark.parametrize("tokens, hidden, inner", [(64, 128, 256), (264, 512, 1536), (1024, 3072, 8192)])
+# The last two take the larger tiles, one of them transposed.
+@pytest.mark.parametrize("tokens, hidden, inner", [(64, 128, 256), (264, 512, 1536), (8192, 3072, 4608),
+                                                   (512, 2048, 16384)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gate(dynamic: bool, tokens: int, hidden: int, inner: int) -> None:
     up, down, x, upstream, added = (parameter(2 * inner, hidden), parameter(hidden, inner), random(tokens, hidden),

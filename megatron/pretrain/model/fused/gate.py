@@ -6,6 +6,7 @@ implementation: torch's is [gate | up], quack's alternates gate and up.
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -19,6 +20,11 @@ from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 
 SHORT_SUM = 4096
 """Features that a product sums over."""
+LARGE_TILES = {(256, 192): 1.0, (192, 256): 1.0, (128, 256): 1.05}
+"""Rows and columns, and the time that an operation takes beside the least, on an H200 at its power limit.
+
+The larger tiles move the least data for an operation, and power that moves data is not there to multiply.
+"""
 
 
 class Gate(Protocol):
@@ -99,10 +105,10 @@ class QuackGate:
                     dynamic_scheduler=True, tuned=False, config=self._tile(128, 128, True, (1, 2)))
 
     def input_gradient(self, d_halves: Tensor, up: Parameter, out: Tensor) -> None:
-        _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._large_tile(out.size(-1), (1, 2)))
+        _product(d_halves, up.detach(), out, concat_layout=("B",), config=self._large_tile(out, (1, 2)))
 
     def weight_gradient(self, up: Parameter, d_halves: Tensor, inputs: Tensor) -> Tensor:
-        config = self._large_tile(inputs.size(-1), (2, 1))
+        config = self._large_tile(up, (2, 1))
         if not hasattr(up, "main_grad"):
             out = torch.empty_like(up)
             _product(d_halves.T, inputs, out, concat_layout=("out",), config=config)
@@ -115,15 +121,25 @@ class QuackGate:
     def add_product(self, inputs: Tensor, weight: Parameter, added: Tensor, out: Tensor) -> None:
         # Short sums end often: in ping-pong one tile is written while the next is computed.
         short = inputs.size(-1) <= SHORT_SUM and weight.size(0) % 192 == 0
-        config = self._tile(128, 192, True, (2, 1)) if short else self._large_tile(out.size(-1), (1, 2))
+        config = self._tile(128, 192, True, (2, 1)) if short else self._large_tile(out, (1, 2))
         _product(inputs, weight.detach().T, out, C=added, config=config)
 
-    def _large_tile(self, columns: int, cluster: tuple[int, int]) -> Any:
-        """256 x 192 where it divides the columns, which moves the least data an operation; else 128 x 256.
+    def _large_tile(self, out: Tensor, cluster: tuple[int, int]) -> Any:
+        """For a product with a long sum; `cluster` is for tiles of 128 x 256."""
+        rows, columns = large_tile(*out.shape, cores=_cores())
+        if rows == 192:    # quack fails with 192 x 256: the transposed product takes 256 x 192
+            return self._tile(columns, rows, False, (2, 1), transposed=True)
+        return self._tile(rows, columns, False, (1, 2) if rows == 256 else cluster)
 
-        The power that moving takes is what a GPU at its limit lacks to multiply.
-        """
-        return self._tile(256, 192, False, (1, 2)) if columns % 192 == 0 else self._tile(128, 256, False, cluster)
+
+def large_tile(rows: int, columns: int, *, cores: int) -> tuple[int, int]:
+    """Rows and columns of the tile in which a product of this size takes the least time, in whole waves of tiles."""
+
+    def time(tile: tuple[int, int]) -> float:
+        tiles = math.ceil(rows / tile[0]) * 2 * math.ceil(columns / tile[1] / 2)    # clusters are two tiles wide
+        return math.ceil(tiles / cores) * tile[0] * tile[1] * LARGE_TILES[tile]
+
+    return min(LARGE_TILES, key=time)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:
@@ -134,11 +150,17 @@ def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:
 
 
 @cache
-def _tile(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int], *, dynamic: bool) -> Any:
+def _cores() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+@cache
+def _tile(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int], *, dynamic: bool,
+          transposed: bool = False) -> Any:
     """A tile of the product, its schedule and its cluster on Hopper; None, quack's choice, elsewhere."""
     if torch.cuda.get_device_capability() != HOPPER:
         return None
     from quack.gemm_config import GemmConfig
 
     return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1],
-                      device_capacity=9, is_dynamic_persistent=dynamic)
+                      swap_ab=transposed, device_capacity=9, is_dynamic_persistent=dynamic)
