@@ -86,23 +86,27 @@ class _Column(torch.autograd.Function):
 
 
 class _NormedColumn(torch.autograd.Function):
-    """`_Column` of a norm whose output exists in fp8 alone. Returns the norm's input too, as the residual."""
+    """`_Column` of a norm whose output exists in fp8 alone. Returns the norm's input too, as the residual.
+
+    Keeps that input, from which the cast is made again, but where it was gathered.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Parameter, weight: Parameter, norm: FusedRMSNorm, casts: Casts,
                 group: dist.ProcessGroup | None, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
-        source = normed(hidden, gain, norm.eps)
-        cast, out = cast_and_multiply(source, hidden, casts.inputs, group if sequence_parallel else None,
-                                      weight.size(0), partial(product, casts.weight()))
-        ctx.save_for_backward(hidden, gain, source.inverse_rms, weight, *kept(cast))
+        source, gathered_by = normed(hidden, gain, norm.eps), group if sequence_parallel else None
+        cast, out = cast_and_multiply(source, hidden, casts.inputs, gathered_by, weight.size(0),
+                                      partial(product, casts.weight()), both=gathered_by is not None)
+        ctx.save_for_backward(hidden, gain, source.inverse_rms, weight, *(kept(cast) if gathered_by else ()))
         ctx.kernel, ctx.casts, ctx.group, ctx.sequence_parallel = norm.kernel, casts, group, sequence_parallel
         ctx.set_materialize_grads(False)
         return out, hidden
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, gain, inverse_rms, weight, *inputs = ctx.saved_tensors
-        d_normed, d_weight = _column_gradients(ctx, gradient, weight, restored(*inputs))
+        hidden, gain, inverse_rms, weight, *cast = ctx.saved_tensors
+        inputs = restored(*cast) if cast else ctx.casts.inputs.quantize(normed_again(hidden, gain, inverse_rms))
+        d_normed, d_weight = _column_gradients(ctx, gradient, weight, inputs)
         d_hidden, d_gain = norm_gradients(hidden, d_normed, d_residual, gain, inverse_rms, ctx.kernel)
         return d_hidden, d_gain, d_weight, None, None, None, None
 
@@ -116,43 +120,46 @@ def _column_gradients(ctx: Any, gradient: Tensor, weight: Parameter, inputs: Qua
 
 
 class _Row(torch.autograd.Function):
+    """Keeps its input, which attention keeps too, and makes the cast again."""
+
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, residual: Tensor, weight: Parameter, casts: Casts,
                 group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-        cast = casts.inputs.quantize(rows_of(inputs))
-        ctx.save_for_backward(weight, *kept(cast))
+        cast = casts.inputs.quantize(rows_of(inputs), both=False)
+        ctx.save_for_backward(inputs, weight)
         ctx.casts, ctx.group, ctx.sequence_parallel = casts, group, sequence_parallel
         return project(cast, casts.weight(), residual, group, sequence_parallel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         cast, d_inputs = cast_and_multiply(
             rows_of(gradient), gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None,
             weight.size(1), partial(input_gradient, ctx.casts.weight()))
-        d_weight = weight_gradient(weight, cast, restored(*inputs))
+        d_weight = weight_gradient(weight, cast, ctx.casts.inputs.quantize(rows_of(inputs)))
         return d_inputs, gradient, d_weight, None, None, None
 
 
 def cast_and_multiply(source: Source, values: Tensor, scaling: Scaling, group: dist.ProcessGroup | None, width: int,
-                      multiply: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Quantized, Tensor]:
+                      multiply: Callable[[Tensor, Tensor, Tensor], None], *,
+                      both: bool = True) -> tuple[Quantized, Tensor]:
     """Cast the rows of values [s, b, features], with a group each rank its shard of s, and multiply the whole.
 
     multiply(rows, inverse, out) is given fp8 [tokens, features] x inverse and out [tokens, width]. What travels
-    is fp8. Returns the cast of the whole and the product [s, b, width].
+    is fp8. Returns the product [s, b, width] after the whole cast's transpose, which without `both` is none.
     """
-    cast = scaling.quantize(source, group)
+    cast = scaling.quantize(source, group, both=both)
     length = values.size(0) * (group.size() if group else 1)
     out = values.new_empty(length, values.size(1), width)
     if group is None:
         multiply(cast.data, cast.inverse, out.flatten(0, 1))
-        return cast, out
+        return restored(*kept(cast)), out
     whole = comm.gather_into(
         cast.data.view(torch.uint8).view(values.shape), group,
         lambda rows, place: multiply(rows.flatten(0, 1).view(cast.data.dtype), cast.inverse,
                                      out[place].flatten(0, 1)))
     data = whole.flatten(0, 1).view(cast.data.dtype)
-    return Quantized(data, transpose(data), cast.inverse), out
+    return restored(transpose(data) if both else None, cast.inverse), out
 
 
 def reduced_gradient(gradient: Quantized, weight: Quantized, like: Tensor, group: dist.ProcessGroup | None,
@@ -190,11 +197,16 @@ def normed(hidden: Tensor, gain: Parameter, eps: float) -> Normed:
     return Normed(rows, gain.detach(), inverse_rms(rows, eps))
 
 
-def kept(cast: Quantized) -> tuple[Tensor, Tensor]:
+def normed_again(hidden: Tensor, gain: Parameter, inverse_rms: Tensor) -> Normed:
+    """As `normed`, which had to find the inverse_rms [tokens]."""
+    return Normed(hidden.flatten(0, 1).contiguous(), gain.detach(), inverse_rms)
+
+
+def kept(cast: Quantized) -> tuple[Tensor | None, Tensor]:
     """What a weight's gradient needs of its layer's input."""
     return cast.transposed, cast.inverse
 
 
-def restored(transposed: Tensor, inverse: Tensor) -> Quantized:
+def restored(transposed: Tensor | None, inverse: Tensor) -> Quantized:
     """What was `kept`, for the products that read only the transpose."""
-    return Quantized(transposed.new_empty(0), transposed, inverse)
+    return Quantized(inverse.new_empty(0), transposed, inverse)

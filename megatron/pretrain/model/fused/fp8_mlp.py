@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.fp8_linear import (
-    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, normed, project, reduced_gradient, restored,
-    rows_of)
+    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, normed, normed_again, project, reduced_gradient,
+    restored, rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
 from megatron.pretrain.model.fused.quantize import E4M3, Gated, GatedGradient, Normed, Quantized
@@ -48,7 +48,7 @@ class _Fp8GatedMLP(torch.autograd.Function):
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
         ctx.kernel = norm.kernel
         source = normed(hidden, gain, norm.eps)
-        inputs, halves = _halves(ctx, source, hidden, up)
+        inputs, halves = _halves(ctx, source, hidden, up, both=not recompute)
         activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), both=False)
         ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, activated.inverse,
                               *(() if recompute else (*kept(inputs), halves)))
@@ -62,8 +62,7 @@ class _Fp8GatedMLP(torch.autograd.Function):
             *cast, halves = saved
             inputs = restored(*cast)
         else:
-            source = Normed(hidden.flatten(0, 1).contiguous(), gain.detach(), inverse_rms)
-            inputs, halves = _halves(ctx, source, hidden, up)
+            inputs, halves = _halves(ctx, normed_again(hidden, gain, inverse_rms), hidden, up, both=True)
         d_output, d_activated = cast_and_multiply(
             rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None,
             down.size(1), partial(input_gradient, down_casts.weight()))
@@ -80,8 +79,8 @@ class _Fp8GatedMLP(torch.autograd.Function):
         return d_hidden, d_gain, d_up, d_down, None, None, None, None, None, None
 
 
-def _halves(ctx: Any, source: Normed, hidden: Tensor, up: Parameter) -> tuple[Quantized, Tensor]:
-    """The cast of the norm of hidden [s, b, h], and what it becomes before the activation [s, b, 2 f]."""
+def _halves(ctx: Any, source: Normed, hidden: Tensor, up: Parameter, *, both: bool) -> tuple[Quantized, Tensor]:
+    """As `cast_and_multiply` of the norm of hidden [s, b, h]: what it becomes before the activation [s, b, 2 f]."""
     casts, _ = ctx.casts
     return cast_and_multiply(source, hidden, casts.inputs, ctx.group if ctx.sequence_parallel else None, up.size(0),
-                             partial(product, casts.weight()))
+                             partial(product, casts.weight()), both=both)
