@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kernel_parts import CHECKED_ROWS, Part, Setting, first_rows, moved, no_grad, poisoned
-from kernel_products import flops, quack_product, tile_config, tiles
+from kernel_products import TILES, flops, quack_product, tile_config, tiles
 from torch import Tensor
 from torch.nn import Parameter, functional
 
@@ -41,7 +41,7 @@ def gate_forward(setting: Setting) -> Part:
         return halves, activated
 
     quack = {"project: quack": lambda: project(QuackGate()),
-             **{f"quack {tile}": partial(tiled, tile) for tile in tiles(setting)}}
+             **{f"quack {tile}": partial(tiled, tile) for tile in tiles(setting) if not TILES[tile][-1]}}
     halves = moved(x, up) + 3 * setting.tokens * shape.ffn_hidden_size * BF16
     return Part("fc1 + gate forward", shape.num_layers, flops(x, up.T), halves, reference,
                 picked=lambda outputs: outputs[1][:CHECKED_ROWS],

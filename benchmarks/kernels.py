@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-ROUNDS = 2
 # In bf16 a right result is within one hundredth of fp64's.
 TOLERANCE = 0.03
 FLUSH_BYTES = 256 << 20
@@ -39,7 +38,10 @@ do it, beside the floor of that part: the longer of its operations at the rate o
 bytes at the rate of a large copy, both measured first. Before it is timed, a kernel's result is compared
 with fp64 on some of its rows; one that is wrong or not finite is a failure and is not timed. A time is the
 median of single calls, each after the cache was flushed, --seconds of them, all candidates in turn, twice.
-A candidate `project: ...` is what the fused layers call."""
+A candidate `project: ...` is what the fused layers call.
+
+Single calls find a GPU cool and fast. In a step it is at its power limit, where the kernel is fastest that takes
+the least energy: --sustained times three loops of --seconds, each after a third of it to get there."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def main() -> int:
     shape = MODELS[flags.model]
     setting = Setting(shape, flags.micro_batch * shape.seq_length, device, flags.all_tiles)
     torch.manual_seed(0)
-    timer = Timer(device, flags.seconds)
+    timer = (SustainedTimer if flags.sustained else Timer)(device, flags.seconds)
     ceilings = measure_ceilings(timer, small=flags.model == "tiny")
     name = torch.cuda.get_device_name() if setting.on_gpu else "CPU"
     print(f"{flags.model}, {setting.tokens} tokens; {name}, {as_line(machine())}\n{as_line(versions())}\n"
@@ -110,6 +112,8 @@ def all_parts(setting: Setting) -> dict[str, Callable[[], Part]]:
 class Timer:
     """Milliseconds of single calls, by the device's own clock where it has one."""
 
+    rounds = 2
+
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device = device
         self._seconds = seconds
@@ -140,6 +144,25 @@ class Timer:
         return [begin.elapsed_time(end) for begin, end in marks]
 
 
+class SustainedTimer(Timer):
+    """Milliseconds of a call among calls like it, for so long that a GPU is as warm and as slow as in a step."""
+
+    rounds = 3
+
+    def calls_ms(self, call: Callable[[], object]) -> list[float]:
+        """The mean of about `seconds` worth of calls, three at least."""
+        times = max(3, int(self._seconds * 1e3 / max(statistics.mean(self._timed(call, 2)), 1e-3)))
+        self._loop_ms(call, times // 3)
+        return [self._loop_ms(call, times) / times]
+
+    def _loop_ms(self, call: Callable[[], object], times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
+
 def measure_ceilings(timer: Timer, *, small: bool) -> Ceilings:
     """A product of 8192 x 8192 x 8192 random bf16 numbers, and a copy that reads and writes 8 GB in all."""
     size, count = (256, 1 << 20) if small else (8192, 1 << 30)
@@ -167,7 +190,7 @@ def measure_part(name: str, make: Callable[[], Part], timer: Timer, ceilings: Ce
         for candidate, call in part.candidates.items():
             _guarded(found, candidate, lambda: found["candidates"].update(
                 {candidate: {**_checked(part, call, reference, timer), "ms": []}}))
-        for _ in range(ROUNDS):
+        for _ in range(timer.rounds):
             for candidate in list(found["candidates"]):
                 times = found["candidates"][candidate]["ms"]
                 _guarded(found, candidate, lambda: times.extend(timer.calls_ms(part.candidates[candidate])))
@@ -258,9 +281,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="parts with one of these in their names")
     parser.add_argument("--all-tiles", action="store_true", help="every tile of quack's products, not three")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of calls of each (default: 0.15)")
+    parser.add_argument("--sustained", action="store_true", help="loops of calls, as in a step, not single ones")
+    parser.add_argument("--seconds", type=float, help="of calls of each (default: 0.15, sustained 0.6)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     flags = parser.parse_args()
+    if flags.seconds is None:
+        flags.seconds = 0.6 if flags.sustained else 0.15
     if flags.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU that torch can use")
     if flags.micro_batch < 1:

@@ -117,6 +117,17 @@ def test_every_part_has_a_right_kernel_on_the_cpu(run_tool, tmp_path: Path):
     assert "fastest candidates" in said.stdout and "left out: quack-kernels: needs a GPU" in said.stdout
 
 
+def test_kernels_are_timed_in_loops_too(run_tool, tmp_path: Path):
+    raw = tmp_path / "raw.json"
+    said = run_tool("benchmarks/kernels.py", "--model", "tiny", "--device", "cpu", "--only", "norm", "--sustained",
+                    "--seconds", "0.002", "--json", raw)
+    assert said.returncode == 0, said.stdout + said.stderr
+    parts = json.loads(raw.read_text())["parts"]
+    assert [part["part"] for part in parts] == ["norm forward", "norm backward"]
+    for part in parts:
+        assert all(len(one["ms"]) == 3 and min(one["ms"]) > 0 for one in part["candidates"].values())
+
+
 @pytest.mark.parametrize(("kernel", "part"), [
     ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTN", "products"),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_execute_segment_k_off_kernel",
