@@ -41,7 +41,7 @@ def gate_forward(setting: Setting) -> Part:
         return halves, activated
 
     quack = {"project: quack": lambda: project(QuackGate()),
-             **{f"quack {tile}": partial(tiled, tile) for tile in tiles(setting) if not TILES[tile][-1]}}
+             **{f"quack {tile}": partial(tiled, tile) for tile in tiles(setting) if not TILES[tile].transposed}}
     halves = moved(x, up) + 3 * setting.tokens * shape.ffn_hidden_size * BF16
     return Part("fc1 + gate forward", shape.num_layers, flops(x, up.T), halves, reference,
                 picked=lambda outputs: outputs[1][:CHECKED_ROWS],

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kernel_parts import CHECKED_ROWS, Part, Setting, first_rows, moved, poisoned
 from torch import Tensor
 
-# Tiles of quack's products: rows, columns, ping-pong, cluster, transposed. Three are measured, or all on demand.
+class Tile(NamedTuple):
+    """One of quack's: a program's part of a product, two of which are a cluster."""
+
+    rows: int
+    columns: int
+    pingpong: bool
+    cluster: tuple[int, int]
+    transposed: bool = False
+
+
+# Three are measured, or all on demand.
 TILES = {
-    "128x192 pp 2x1": (128, 192, True, (2, 1), False),
-    "256x192 1x2": (256, 192, False, (1, 2), False),
-    "128x256 2x1": (128, 256, False, (2, 1), False),
-    "192x256 1x2": (256, 192, False, (2, 1), True),
-    "128x256 1x2": (128, 256, False, (1, 2), False),
-    "256x128 1x2": (256, 128, False, (1, 2), False),
+    "128x192 pp 2x1": Tile(128, 192, True, (2, 1)),
+    "256x192 1x2": Tile(256, 192, False, (1, 2)),
+    "128x256 2x1": Tile(128, 256, False, (2, 1)),
+    "192x256 1x2": Tile(256, 192, False, (2, 1), transposed=True),
+    "128x256 1x2": Tile(128, 256, False, (1, 2)),
+    "256x128 1x2": Tile(256, 128, False, (1, 2)),
 }
 
 
@@ -71,9 +81,10 @@ def quack_product(left: Tensor, right: Tensor, out: Tensor, *, tile: str, **opti
 def tile_config(name: str) -> Any:
     from quack.gemm_config import GemmConfig
 
-    rows, columns, pingpong, cluster, transposed = TILES[name]
-    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1],
-                      swap_ab=transposed, device_capacity=9, is_dynamic_persistent=False)
+    tile = TILES[name]
+    return GemmConfig(tile_m=tile.rows, tile_n=tile.columns, pingpong=tile.pingpong, cluster_m=tile.cluster[0],
+                      cluster_n=tile.cluster[1], swap_ab=tile.transposed, device_capacity=9,
+                      is_dynamic_persistent=False)
 
 
 def tiles(setting: Setting) -> list[str]:

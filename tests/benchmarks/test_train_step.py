@@ -137,6 +137,8 @@ def test_kernels_are_timed_in_loops_too(run_tool, tmp_path: Path):
     ("kernel_cutlass_kernel_quackgemm_default_epiGemmDefaultSm90_object_at__tensorptrbf16gmem_0", "products"),
     ("kernel_cutlass_kernel_quackgemm_actGemmGatedSm90_object_at__tensorptrbf16gmem_0", "products"),
     ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at__0", "attention"),
+    ("kernel_cutlass_kernel_megatronpretrainmodelfusedattention_backwardAttentionBackward_object_at__0", "attention"),
+    ("rope_pack_sums", "rope"),
     ("kernel_cutlass_kernel_flash_attncuteflash_bwd_preprocessFlashAttentionBackwardPreprocess_object_0",
      "attention"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_8_64x64x192", "attention"),

@@ -24,7 +24,9 @@ from megatron.pretrain.model.fused import peers
 from megatron.pretrain.model.fused.accumulators import replace_instead_of_zeroing
 from megatron.pretrain.model.fused.config import FusedConfig
 from megatron.pretrain.model.fused.fp8_model import Fp8State
-from megatron.pretrain.model.fused.kernels import installed, kernels_for, missing_packages
+from megatron.pretrain.model.fused.kernels import (
+    CHANGED_FLASH_ATTENTION, installed, installed_flash_attention, kernels_for, missing_packages,
+    project_backward_is_for)
 from megatron.pretrain.model.fused.model import FusedGPTModel, layer_spec
 from megatron.pretrain.model.layers import CausalAttention, RMSNorm
 
@@ -71,10 +73,20 @@ def transformer_implementation(config: RunConfig, device: torch.device) -> str:
     if config.train.fp8_format is not None:
         _require_fp8(device)
     if wanted == "fused":
-        logger.info("fused kernels: %s", kernels_for(device, _precision(config)))
+        _say_which_kernels(config, device)
         if on_cuda and missing_packages():
             logger.warning('faster with %s: pip install "neo-pretrain[gpu]"', ", ".join(missing_packages()))
     return wanted
+
+
+def _say_which_kernels(config: RunConfig, device: torch.device) -> None:
+    head_dim = config.model.head_dim
+    kernels = kernels_for(device, _precision(config), head_dim, deterministic=config.train.deterministic_mode)
+    logger.info("fused kernels: %s", kernels)
+    if (kernels.attention == "flash-attn-4" and project_backward_is_for(device, head_dim)
+            and installed_flash_attention() != CHANGED_FLASH_ATTENTION):
+        logger.warning("attention's backward pass is faster with flash-attn-4 %s, on which the project's is built; "
+                       "installed is %s", CHANGED_FLASH_ATTENTION, installed_flash_attention())
 
 
 def _best_implementation(config: RunConfig, on_cuda: bool, transformer_engine: bool) -> tuple[str, str]:

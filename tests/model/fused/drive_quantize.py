@@ -93,8 +93,12 @@ def cast(source: Source, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     # A compiler may contract each form of a kernel to other fused multiply-adds: a last bit may differ.
     torch.testing.assert_close(amax, largest(source), rtol=1e-6, atol=0, equal_nan=True)
     again, _ = quantize.quantize(source, scale, dtype)
-    differing = (again.view(torch.uint8) != data.view(torch.uint8)).double().mean()
-    assert differing < (1e-4 if DEVICE == "cuda" else 1e-9)
+    alone, none = quantize.quantize(source, scale, dtype, columns=False)
+    nothing, turned = quantize.quantize(source, scale, dtype, rows=False)
+    assert none is None and nothing is None
+    for form in (again, alone, turned.view(torch.uint8).T):
+        differing = (form.view(torch.uint8) != data.view(torch.uint8)).double().mean()
+        assert differing < (1e-4 if DEVICE == "cuda" else 1e-9)
     return data, amax
 
 

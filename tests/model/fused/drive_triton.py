@@ -55,7 +55,7 @@ def sums() -> None:
 def scattered(heads: torch.Tensor) -> torch.Tensor:
     """[s, b, heads, d] -> [b, heads, tiles * 64 * d], as 128 threads have it that keep four values side by side.
 
-    Of 8 columns a thread has, in its warp's 16 rows, columns 2 (lane mod 4) and the next, in row lane div 4 and 8 below.
+    Of 8 columns a thread has columns 2 (lane mod 4) and the next, in rows lane div 4 of its warp's 16 and 8 below.
     """
     length, batch, count, width = heads.shape
     tiles = -(-length // 64)

@@ -47,6 +47,10 @@ def scalings(recipe: str, device: str) -> list[Scaling]:
     if recipe == "tensorwise":
         return [CurrentScaling(dtype) for dtype in (E4M3, E4M3, E5M2)]
     history = AmaxHistory([E4M3, E4M3, E5M2], torch.device(device))
+    if recipe == "delayed, a step later":
+        for live in history.live:
+            live.fill_(8.0)
+        history.update()
     return [DelayedScaling(history, number, dtype) for number, dtype in enumerate((E4M3, E4M3, E5M2))]
 
 
@@ -79,7 +83,7 @@ SIZES = [(1, 16, 16, 32), (34, 8, 64, 48)]
 LARGE = [*SIZES, (8192, 1, 3072, 9216)]
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "delayed, a step later"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_linear_layers(device: str, recipe: str) -> None:
     for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:
@@ -126,7 +130,38 @@ def test_gated_mlp(device: str, recompute: bool) -> None:
             assert error(mine, right) < CHAIN * stray(right)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_casts_that_are_cheap_to_make_again_are_not_kept(device: str) -> None:
+    """Two micro-batches forward before their backward passes; each weight's gradient is of both."""
+    batches = [random(32, 2, 64, device=device) for _ in range(2)]
+    norm, weight = norm_of(64, device), parameter(64, 64, device=device)
+    up, down = parameter(2 * 48, 64, device=device), parameter(64, 48, device=device)
+    for layer in (
+            lambda x, recipe: _Row.apply(x, x, weight, recipe(weight), None, False),
+            lambda x, recipe: _NormedColumn.apply(x, norm.weight, weight, norm, recipe(weight), None, False)[0],
+            lambda x, recipe: _Fp8GatedMLP.apply(x, norm.weight, up, down, norm, recipe(up), recipe(down), None, False,
+                                                 False)):
+        made: dict[Parameter, Casts] = {}
+
+        def shared(of: Parameter, made: dict[Parameter, Casts] = made) -> Casts:
+            return made.setdefault(of, casts(of, "delayed, a step later"))
+
+        before = {each: each.main_grad.clone() for each in (weight, up, down)}
+        results = [layer(batch.clone().requires_grad_(), shared) for batch in batches]
+        assert {saved.dtype for saved in results[0].grad_fn.saved_tensors} <= {BF16, torch.float32}
+        for result in reversed(results):
+            result.backward(torch.ones_like(result))
+        together = {each: each.main_grad - was for each, was in before.items()}
+        for each, was in before.items():
+            each.main_grad.copy_(was)
+        for batch in batches:
+            result = layer(batch.clone().requires_grad_(), shared)
+            result.backward(torch.ones_like(result))
+        for each, was in before.items():
+            torch.testing.assert_close(together[each], each.main_grad - was, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "delayed, a step later"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_linear_layer_of_a_norm(device: str, recipe: str) -> None:
     for length, batch, inner, outer in SIZES if device == "cpu" else LARGE:

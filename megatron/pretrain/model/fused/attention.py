@@ -12,18 +12,14 @@ from torch.nn import functional
 from megatron.pretrain.model.fused.kernels import kernels_for
 from megatron.pretrain.model.fused.norm import FusedRMSNorm
 
-# Above this head dimension flash-attn-4's backward pass was measured to be slower than cuDNN's on an H200.
-FLASH_BACKWARD_HEAD_DIM = 192
-# Those of the project's own.
-PROJECT_BACKWARD_HEAD_DIMS = (192, 256)
-
 
 class FusedSelfAttention(SelfAttention):
     """The engine's self-attention behind its norm, with the residual added in the output projection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kernels = kernels_for(self.linear_qkv.weight.device, self.config.params_dtype)
+        self.kernels = kernels_for(self.linear_qkv.weight.device, self.config.params_dtype,
+                                   self.hidden_size_per_attention_head, deterministic=self.config.deterministic_mode)
 
     def forward(self, hidden: Tensor, norm: FusedRMSNorm, angles: Tensor) -> Tensor:
         """hidden [s, b, h] (a shard of s with sequence parallelism), angles [s, 1, 1, d] -> as hidden."""
@@ -91,14 +87,13 @@ class _RotaryAttention(torch.autograd.Function):
         mixed, angles, context, statistics = ctx.saved_tensors
         d_context = gradient.contiguous().view(context.shape)
         d_mixed = torch.empty_like(mixed)
-        width, made = mixed.size(-1), (mixed, context, d_context, statistics)
-        # Only flash-attn-4 promises the same bits every time. cuDNN refuses a sequence of one position.
-        if ctx.kernel == "project" and width in PROJECT_BACKWARD_HEAD_DIMS and not ctx.deterministic:
-            _project_backward(*made, angles, d_mixed)
-        elif width > FLASH_BACKWARD_HEAD_DIM and mixed.size(0) > 1 and not ctx.deterministic:
-            _cudnn_backward(*made, angles, d_mixed)
+        made = mixed, context, d_context, statistics, angles, d_mixed
+        if ctx.kernel == "project":
+            _project_backward(*made)
+        elif ctx.kernel == "cuDNN" and mixed.size(0) > 1:    # it refuses a sequence of one position
+            _cudnn_backward(*made)
         else:
-            _flash_backward(*made, angles, d_mixed, ctx.deterministic)
+            _flash_backward(*made, ctx.deterministic)
         return d_mixed, None, None, None
 
 

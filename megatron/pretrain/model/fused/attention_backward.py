@@ -54,10 +54,10 @@ QUERIES = 64
 """Of a tile."""
 VECTOR = 4
 """fp32 values that a thread stores or adds at once."""
-THREADS = 128
+WARPGROUP_THREADS = 128
 """Of a warpgroup."""
-BOTH = 2 * THREADS
-HANDED_OVER = THREADS + cute.arch.WARP_SIZE
+BOTH_THREADS = 2 * WARPGROUP_THREADS
+STAGING_THREADS = WARPGROUP_THREADS + cute.arch.WARP_SIZE
 """At a barrier between a warpgroup and the warp that sends what it staged."""
 
 # Barriers, by numbers that flash-attn-4 leaves free in this kernel; pairs are for tiles of even and of odd number.
@@ -76,17 +76,20 @@ def backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, d_out: Tens
 
     query, out, d_out [b, s, heads, d] and key, value [b, s, groups, d] in 16 bits, d of `TILINGS`, the last dimension
     contiguous; statistics [b, heads, s] fp32, the natural logarithms of the softmax's sums; angles [s, 1, 1, d] fp32,
-    by which query and key were rotated. Sums are in fp32, in no fixed order; dS is of P in 16 bits.
+    by which query and key were rotated; d_mixed is contiguous. Sums are in fp32, in no fixed order; dS is of P in
+    16 bits. ValueError for another d.
     """
     (batch, length, heads, width), groups = query.shape, key.size(2)
+    if width not in TILINGS:
+        raise ValueError(f"heads of {' or '.join(map(str, TILINGS))}, not {width}")
     tiling, each = TILINGS[width], heads // groups
     dtype, scale = interface.torch2cute_dtype_map[query.dtype], width ** -0.5
     sums = partial(torch.empty, dtype=torch.float32, device=query.device)
-    queries, keys = (-(-length // tile) * tile for tile in (QUERIES, tiling.keys))
-    d_query, output_sums, logarithms = sums(batch, heads, queries * width), *sums(2, batch, heads, queries)
+    query_rows, key_rows = (-(-length // tile) * tile for tile in (QUERIES, tiling.keys))
+    d_query, output_sums, logarithms = sums(batch, heads, query_rows * width), *sums(2, batch, heads, query_rows)
     into = tuple(d_mixed[..., slot, :].transpose(0, 1) for slot in (-2, -1))
     # The heads of a group add up.
-    d_key, d_value = into if each == 1 else sums(2, batch, groups, keys * width).zero_()
+    d_key, d_value = into if each == 1 else sums(2, batch, groups, key_rows * width).zero_()
     interface._bwd_preprocess(out, d_out, output_sums, statistics, logarithms, d_query, None, None, None, dtype, width,
                               width, QUERIES, fake_mode=False)
     _kernel(dtype, width, each)(query, key, value, d_out, logarithms, output_sums, d_query, d_key, d_value, scale,
@@ -99,7 +102,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, d_out: Tens
     if each > 1:
         deliver = partial(interface._bwd_postprocess_convert, hdim_multiple_of=64, fake_mode=False)
         for total, gradient, factor in ((d_key, into[0], scale), (d_value, into[1], 1.0)):
-            deliver(total, gradient, factor, None, None, 90, dtype, width, tiling.keys, THREADS, 1, True)
+            deliver(total, gradient, factor, None, None, 90, dtype, width, tiling.keys, WARPGROUP_THREADS, 1, True)
     rotate_(d_mixed, angles, inverse=True, keys_only=True)
 
 
@@ -123,10 +126,11 @@ class AttentionBackward(FlashAttentionBackwardSm90):
 
     def __init__(self, dtype: type[cutlass.Numeric], width: int, heads_of_group: int) -> None:
         self.tiling = TILINGS[width]
+        # With dKV_swapAB rows are features, of which a warpgroup there would have half: it shapes the layouts alone.
         super().__init__(dtype, width, width, heads_of_group, is_causal=True, tile_m=QUERIES, tile_n=self.tiling.keys,
                          Q_stage=2, dO_stage=1, PdS_stage=2, dKV_swapAB=self.tiling.transposed, AtomLayoutMSdP=1,
                          AtomLayoutNdKV=2 if self.tiling.transposed else 1, AtomLayoutMdQ=1,
-                         num_threads=BOTH + THREADS)
+                         num_threads=BOTH_THREADS + WARPGROUP_THREADS)
         self.part = QUERIES * width // 2 // self.tiling.parts
         """fp32 values."""
 
@@ -145,15 +149,16 @@ class AttentionBackward(FlashAttentionBackwardSm90):
     def dQaccum_store(self, sums: cute.Tensor, staged: cute.Tensor, block_info: Any, scheduler: Any, lengths: Any,
                       blocksparse_tensors: Any = None, mdQ_semaphore: Any = None) -> None:
         """One warp: add to global memory what the warpgroups stage."""
-        keys, head, batch, _ = scheduler().initial_work_tile_info().tile_idx
-        first, end = block_info.get_m_block_min_max(lengths(batch), keys)
+        key_tile, head, batch, _ = scheduler().initial_work_tile_info().tile_idx
+        first, end = block_info.get_m_block_min_max(lengths(batch), key_tile)
         parts = self._parts(sums, head, batch, end)
         for tile in cutlass.range(first, end, unroll=1):
             for group in cutlass.range_constexpr(2):
                 cute.arch.cp_async_bulk_wait_group(1 - group, read=True)    # this group's last, not the other's
-                cute.arch.barrier_arrive(barrier_id=NamedBarrierBwd.dQEmptyWG0 + group, number_of_threads=HANDED_OVER)
+                cute.arch.barrier_arrive(barrier_id=NamedBarrierBwd.dQEmptyWG0 + group,
+                                         number_of_threads=STAGING_THREADS)
             for group in cutlass.range_constexpr(2):
-                cute.arch.barrier(barrier_id=NamedBarrierBwd.dQFullWG0 + group, number_of_threads=HANDED_OVER)
+                cute.arch.barrier(barrier_id=NamedBarrierBwd.dQFullWG0 + group, number_of_threads=STAGING_THREADS)
                 with cute.arch.elect_one():
                     copy_utils.cpasync_reduce_bulk_add_f32(
                         staged[None, group].iterator, parts[None, 0, group, tile].iterator,
@@ -165,14 +170,14 @@ class AttentionBackward(FlashAttentionBackwardSm90):
     def mma(self, product_SdP: Any, product_dK: Any, product_dV: Any, product_dQ: Any, mdK: cute.Tensor,
             mdV: cute.Tensor, mdK_semaphore: Any, mdV_semaphore: Any, sums: cute.Tensor, sQ: cute.Tensor,
             sK: cute.Tensor, sV: cute.Tensor, sdO: cute.Tensor, sP: cute.Tensor, sdS: cute.Tensor, sLSE: cute.Tensor,
-            sdPsum: cute.Tensor, staged: cute.Tensor, queries: Any, outputs: Any, thread: Int32, tma_dK: Any,
+            sdPsum: cute.Tensor, staged: cute.Tensor, Q_ready: Any, dO_ready: Any, thread: Int32, tma_dK: Any,
             tma_dV: Any, staging: Any, scale_log2: Float32, scale: Float32, block_info: Any, lengths: Any, masks: Any,
             scheduler: Any, aux_data: Any = None, fastdiv_mods: Any = None, blocksparse_tensors: Any = None,
             heads_divisor: Any = None, is_dQ_wg: cutlass.Constexpr[bool] = True) -> None:
         """The two warpgroups: all tiles of queries that see a tile of keys, then the gradients of these."""
-        keys, head, batch, _ = scheduler().initial_work_tile_info().tile_idx
-        seqlen, mine = lengths(batch), thread % THREADS
-        first, end = block_info.get_m_block_min_max(seqlen, keys)
+        key_tile, head, batch, _ = scheduler().initial_work_tile_info().tile_idx
+        seqlen, mine = lengths(batch), thread % WARPGROUP_THREADS
+        first, end = block_info.get_m_block_min_max(seqlen, key_tile)
         over_features, over_queries = _products(self.dtype, self.tile_n,
                                                 self.tile_n if self.tiling.transposed else self.tile_hdim)
         tools = _Tools(keys=self.tile_n, features=self.tile_hdim, tiling=self.tiling, over_features=over_features,
@@ -180,64 +185,64 @@ class AttentionBackward(FlashAttentionBackwardSm90):
                        parts=self._parts(sums, head, batch, end))
         state_Q, state_dO = (pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
                              for stages in (self.Q_stage, self.dO_stage))
-        mask = partial(masks(seqlen).apply_mask, batch_idx=batch, head_idx=head, n_block=keys,
+        mask = partial(masks(seqlen).apply_mask, batch_idx=batch, head_idx=head, n_block=key_tile,
                        thr_mma=over_features.get_slice(mine), mask_seqlen=True, mask_causal=True)
-        seen_whole = cutlass.min(((keys + 1) * self.tile_n - 1 + QUERIES - 1) // QUERIES, end)
-        deliver = partial(self._deliver, tools, seqlen, keys, head, batch, heads_divisor)
-        if cute.arch.make_warp_uniform(thread // THREADS) == 0:
-            dV = self._values(tools, first, end, sQ, sK, sdO, sP, sdS, sLSE, queries, outputs, state_Q, state_dO,
+        seen_whole = ((key_tile + 1) * self.tile_n - 1 + QUERIES - 1) // QUERIES
+        deliver = partial(self._deliver, tools, seqlen, key_tile, head, batch, heads_divisor)
+        if cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS) == 0:
+            dV = self._values(tools, first, end, sQ, sK, sdO, sP, sdS, sLSE, Q_ready, dO_ready, state_Q, state_dO,
                               scale_log2, mask, seen_whole)
             deliver(dV, mdV, sV, tma_dV, 0)
         else:
-            dK = self._keys(tools, first, end, sQ, sK, sV, sdO, sP, sdS, sdPsum, queries, outputs, state_Q, state_dO)
+            dK = self._keys(tools, first, end, sQ, sK, sV, sdO, sP, sdS, sdPsum, Q_ready, dO_ready, state_Q, state_dO)
             if const_expr(self.qhead_per_kvhead == 1):
                 dK.store(dK.load() * scale)
             deliver(dK, mdK, sK, tma_dK, 1)
 
     @cute.jit
     def _values(self, tools: Any, first: Int32, end: Int32, sQ: cute.Tensor, sK: cute.Tensor, sdO: cute.Tensor,
-                sP: cute.Tensor, sdS: cute.Tensor, sLSE: cute.Tensor, queries: Any, outputs: Any, state_Q: Any,
+                sP: cute.Tensor, sdS: cute.Tensor, sLSE: cute.Tensor, Q_ready: Any, dO_ready: Any, state_Q: Any,
                 state_dO: Any, scale_log2: Float32, mask: Any, seen_whole: Int32) -> Any:
         """The first warpgroup: P and half of dQ of every tile; returns dV."""
         dV, add = tools.sum_over_queries(sP, sdO)
         half = tools.half_of_dQ(0, sdS, sK)
         scores, logarithms = tools.product(sQ, sK), tools.of_rows(sLSE)
         weights = partial(self._weights, tools.store(sP), scale_log2, mask, seen_whole)
-        queries.consumer_wait(state_Q)
+        Q_ready.consumer_wait(state_Q)
         S = scores(A_idx=state_Q.index, wg_wait=0)
         rows = copy_utils.load_s2r(logarithms[None, state_Q.index])
-        queries.consumer_release(state_Q)
+        Q_ready.consumer_release(state_Q)
         weights(S, rows, first, 0)
         for tile in cutlass.range(first, end - 1, unroll=1):
             place = (tile - first) % 2
             state_Q.advance()
-            queries.consumer_wait(state_Q, queries.consumer_try_wait(state_Q))
+            Q_ready.consumer_wait(state_Q, Q_ready.consumer_try_wait(state_Q))
             S = scores(A_idx=state_Q.index, wg_wait=-1)    # the next tile's, so that its P is there in time
             rows = copy_utils.load_s2r(logarithms[None, state_Q.index])
-            outputs.consumer_wait(state_dO, outputs.consumer_try_wait(state_dO))
+            dO_ready.consumer_wait(state_dO, dO_ready.consumer_try_wait(state_dO))
             add(A_idx=place, B_idx=0, wg_wait=1)
-            queries.consumer_release(state_Q)
+            Q_ready.consumer_release(state_Q)
             weights(S, rows, tile + 1, 1 - place)    # beside dV
             warpgroup.wait_group(0)
-            outputs.consumer_release(state_dO)
+            dO_ready.consumer_release(state_dO)
             state_dO.advance()
-            cute.arch.barrier(barrier_id=SCORES_STORED + place, number_of_threads=BOTH)
+            cute.arch.barrier(barrier_id=SCORES_STORED + place, number_of_threads=BOTH_THREADS)
             part = half(A_idx=place, wg_wait=0)
             if tile + 2 < end:
-                cute.arch.barrier_arrive(barrier_id=SCORES_READ + place, number_of_threads=BOTH)
+                cute.arch.barrier_arrive(barrier_id=SCORES_READ + place, number_of_threads=BOTH_THREADS)
             tools.send(part, 0, tile)
         place = (end - 1 - first) % 2
-        outputs.consumer_wait(state_dO)
+        dO_ready.consumer_wait(state_dO)
         add(A_idx=place, B_idx=0, wg_wait=-1)
-        cute.arch.barrier(barrier_id=SCORES_STORED + place, number_of_threads=BOTH)
+        cute.arch.barrier(barrier_id=SCORES_STORED + place, number_of_threads=BOTH_THREADS)
         part = half(A_idx=place, wg_wait=0)
-        outputs.consumer_release(state_dO)
+        dO_ready.consumer_release(state_dO)
         tools.send(part, 0, end - 1)
         return dV
 
     @cute.jit
     def _keys(self, tools: Any, first: Int32, end: Int32, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor,
-              sdO: cute.Tensor, sP: cute.Tensor, sdS: cute.Tensor, sdPsum: cute.Tensor, queries: Any, outputs: Any,
+              sdO: cute.Tensor, sP: cute.Tensor, sdS: cute.Tensor, sdPsum: cute.Tensor, Q_ready: Any, dO_ready: Any,
               state_Q: Any, state_dO: Any) -> Any:
         """The second warpgroup: dS and the other half of dQ of every tile; returns dK before the scale of scores."""
         dK, add = tools.sum_over_queries(sdS, sQ)
@@ -246,28 +251,28 @@ class AttentionBackward(FlashAttentionBackwardSm90):
         load, store = tools.load(sP), tools.store(sdS)
         for tile in cutlass.range(first, end, unroll=1):
             place = (tile - first) % 2
-            outputs.consumer_wait(state_dO, outputs.consumer_try_wait(state_dO))
+            dO_ready.consumer_wait(state_dO, dO_ready.consumer_try_wait(state_dO))
             dP = d_weights(A_idx=0, wg_wait=-1)
             sums = copy_utils.load_s2r(output_sums[None, 0])
-            cute.arch.barrier(barrier_id=WEIGHTS_STORED + place, number_of_threads=BOTH)
+            cute.arch.barrier(barrier_id=WEIGHTS_STORED + place, number_of_threads=BOTH_THREADS)
             P = layout_utils.reshape_acc_to_mn(load(dP, place))
             warpgroup.wait_group(0)
-            outputs.consumer_release(state_dO)
+            dO_ready.consumer_release(state_dO)
             state_dO.advance()
             dS = layout_utils.reshape_acc_to_mn(dP)
             for row in cutlass.range_constexpr(cute.size(dS, mode=[0])):
                 for column in cutlass.range_constexpr(cute.size(dS, mode=[1])):
                     dS[row, column] = P[row, column].to(Float32) * (dS[row, column] - sums[row])
             if tile - first >= 2:
-                cute.arch.barrier(barrier_id=SCORES_READ + place, number_of_threads=BOTH)
+                cute.arch.barrier(barrier_id=SCORES_READ + place, number_of_threads=BOTH_THREADS)
             store(utils.cvt_f16(layout_utils.reshape_acc_to_frgA(dP), self.dtype), dst_idx=place)
             _handed_over(1, SCORES_STORED + place)
-            queries.consumer_wait(state_Q, queries.consumer_try_wait(state_Q))
+            Q_ready.consumer_wait(state_Q, Q_ready.consumer_try_wait(state_Q))
             part = half(A_idx=place, wg_wait=-1)
             add(A_idx=place, B_idx=state_Q.index, wg_wait=1)
             tools.send(part, 1, tile)    # beside dK
             warpgroup.wait_group(0)
-            queries.consumer_release(state_Q)
+            Q_ready.consumer_release(state_Q)
             state_Q.advance()
         return dK
 
@@ -285,24 +290,24 @@ class AttentionBackward(FlashAttentionBackwardSm90):
         _handed_over(0, WEIGHTS_STORED + place)
 
     @cute.jit
-    def _deliver(self, tools: Any, seqlen: Any, keys: Int32, head: Int32, batch: Int32, heads_divisor: Any,
+    def _deliver(self, tools: Any, seqlen: Any, key_tile: Int32, head: Int32, batch: Int32, heads_divisor: Any,
                  total: cute.Tensor, out: cute.Tensor, shared: cute.Tensor, tma: Any,
                  group: cutlass.Constexpr[int]) -> None:
         """A tile's dV or dK: in 16 bits over the tile's values or keys in shared memory, or added to its group's."""
         size = self.tile_n * self.tile_hdim
         if const_expr(self.qhead_per_kvhead > 1):
-            mine = cute.make_tensor(total.iterator, cute.make_layout((VECTOR, size // VECTOR // THREADS)))
-            to = out[None, head // heads_divisor, batch].iterator + keys * size + tools.thread * VECTOR
-            for vector in cutlass.range_constexpr(size // VECTOR // THREADS):
-                _add(mine[None, vector], to + vector * VECTOR * THREADS)
+            mine = cute.make_tensor(total.iterator, cute.make_layout((VECTOR, size // VECTOR // WARPGROUP_THREADS)))
+            to = out[None, head // heads_divisor, batch].iterator + key_tile * size + tools.thread * VECTOR
+            for vector in cutlass.range_constexpr(size // VECTOR // WARPGROUP_THREADS):
+                _add(mine[None, vector], to + vector * VECTOR * WARPGROUP_THREADS)
         else:
-            cute.arch.barrier(barrier_id=int(NamedBarrierBwd.Epilogue), number_of_threads=BOTH)
+            cute.arch.barrier(barrier_id=int(NamedBarrierBwd.Epilogue), number_of_threads=BOTH_THREADS)
             tile = cute.local_tile(seqlen.offset_batch_K(out, batch, dim=3)[None, None, head],
-                                   (self.tile_n, self.tile_hdim), (keys, 0))
+                                   (self.tile_n, self.tile_hdim), (key_tile, 0))
             send, _, _ = copy_utils.tma_get_copy_fn(tma, 0, cute.make_layout(1), shared, tile, single_stage=True)
             tools.store_sum(shared)(total, dst_idx=None)
             cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=OF_ONE_WARPGROUP + group, number_of_threads=THREADS)
+            cute.arch.barrier(barrier_id=OF_ONE_WARPGROUP + group, number_of_threads=WARPGROUP_THREADS)
             if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4 + 4 * group:
                 send()
                 cute.arch.cp_async_bulk_commit_group()
@@ -320,8 +325,8 @@ def _products(dtype: type[cutlass.Numeric], keys: int, columns: int) -> tuple[An
 def _handed_over(group: int, barrier: Int32) -> None:
     """What the threads of a warpgroup have stored may be read by its products, and, past `barrier`, by the other's."""
     cute.arch.fence_view_async_shared()
-    cute.arch.barrier(barrier_id=OF_ONE_WARPGROUP + group, number_of_threads=THREADS)
-    cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=BOTH)
+    cute.arch.barrier(barrier_id=OF_ONE_WARPGROUP + group, number_of_threads=WARPGROUP_THREADS)
+    cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=BOTH_THREADS)
 
 
 def _add(values: cute.Tensor, to: cute.Pointer) -> None:
@@ -360,7 +365,7 @@ class _Tools:
     def half_of_dQ(self, group: int, sdS: cute.Tensor, sK: cute.Tensor) -> Any:
         """dS K, this group's half of the features."""
         shape = (QUERIES, self.features, self.keys)
-        factors = sm90_utils.partition_fragment_ABC(self.product_dQ.get_slice(group * THREADS), shape, sdS,
+        factors = sm90_utils.partition_fragment_ABC(self.product_dQ.get_slice(group * WARPGROUP_THREADS), shape, sdS,
                                                     layout_utils.transpose_view(sK))[1:]
         return partial(sm90_utils.gemm_zero_init, self.product_dQ, shape[:2], *factors)
 
@@ -393,14 +398,15 @@ class _Tools:
         """A half of a tile's dQ to global memory, where values are in the order in which the threads have them."""
         vectors = cute.size(half) // VECTOR // self.tiling.parts
         staged = vectors * self.tiling.staged_parts
-        place = cute.make_tensor(self.staged[None, group].iterator, cute.make_layout((VECTOR, THREADS, staged)))
-        cute.arch.barrier(barrier_id=NamedBarrierBwd.dQEmptyWG0 + group, number_of_threads=HANDED_OVER)
+        place = cute.make_tensor(self.staged[None, group].iterator,
+                                 cute.make_layout((VECTOR, WARPGROUP_THREADS, staged)))
+        cute.arch.barrier(barrier_id=NamedBarrierBwd.dQEmptyWG0 + group, number_of_threads=STAGING_THREADS)
         cute.autovec_copy(cute.make_tensor(half.iterator, cute.make_layout((VECTOR, staged))),
                           place[None, self.thread, None])
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=NamedBarrierBwd.dQFullWG0 + group, number_of_threads=HANDED_OVER)
+        cute.arch.barrier_arrive(barrier_id=NamedBarrierBwd.dQFullWG0 + group, number_of_threads=STAGING_THREADS)
         mine = cute.make_tensor(half.iterator, cute.make_layout((VECTOR, vectors, self.tiling.parts)))
         for part in range(self.tiling.staged_parts, self.tiling.parts):
             to = self.parts[None, part, group, tile].iterator + self.thread * VECTOR
             for vector in range(vectors):
-                _add(mine[None, vector, part], to + vector * VECTOR * THREADS)
+                _add(mine[None, vector, part], to + vector * VECTOR * WARPGROUP_THREADS)

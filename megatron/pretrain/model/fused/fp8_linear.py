@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers in fp8: operands are cast once and serve two products each."""
+"""Tensor-parallel linear layers in fp8: what is cast serves two products, or is made again where that is cheap."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        return *_column_gradients(ctx, gradient, weight, restored(*inputs)), None, None, None
+        return *_column_gradients(ctx, gradient, weight, lambda: restored(*inputs)), None, None, None
 
 
 class _NormedColumn(torch.autograd.Function):
     """`_Column` of a norm whose output exists in fp8 alone. Returns the norm's input too, as the residual.
 
-    Keeps that input, from which the cast is made again, but where it was gathered.
+    Keeps that input, from which the cast is made again; where it was gathered, the cast's transpose.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class _NormedColumn(torch.autograd.Function):
                 group: dist.ProcessGroup | None, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
         source, gathered_by = normed(hidden, gain, norm.eps), group if sequence_parallel else None
         cast, out = cast_and_multiply(source, hidden, casts.inputs, gathered_by, weight.size(0),
-                                      partial(product, casts.weight()), both=gathered_by is not None)
+                                      partial(product, casts.weight()), columns=gathered_by is not None)
         ctx.save_for_backward(hidden, gain, source.inverse_rms, weight, *(kept(cast) if gathered_by else ()))
         ctx.kernel, ctx.casts, ctx.group, ctx.sequence_parallel = norm.kernel, casts, group, sequence_parallel
         ctx.set_materialize_grads(False)
@@ -105,17 +105,19 @@ class _NormedColumn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, gain, inverse_rms, weight, *cast = ctx.saved_tensors
-        inputs = restored(*cast) if cast else ctx.casts.inputs.quantize(normed_again(hidden, gain, inverse_rms))
-        d_normed, d_weight = _column_gradients(ctx, gradient, weight, inputs)
+        d_normed, d_weight = _column_gradients(
+            ctx, gradient, weight,
+            lambda: restored(*cast) if cast else normed_columns(hidden, gain, inverse_rms, ctx.casts.inputs))
         d_hidden, d_gain = norm_gradients(hidden, d_normed, d_residual, gain, inverse_rms, ctx.kernel)
         return d_hidden, d_gain, d_weight, None, None, None, None
 
 
-def _column_gradients(ctx: Any, gradient: Tensor, weight: Parameter, inputs: Quantized) -> tuple[Tensor, Tensor]:
+def _column_gradients(ctx: Any, gradient: Tensor, weight: Parameter,
+                      inputs: Callable[[], Quantized]) -> tuple[Tensor, Tensor]:
     """Of a column-parallel layer's inputs and weight."""
     cast = ctx.casts.gradient.quantize(rows_of(gradient))
     reduced = reduced_gradient(cast, ctx.casts.weight(), gradient, ctx.group, ctx.sequence_parallel)
-    d_weight = weight_gradient(weight, cast, inputs)
+    d_weight = weight_gradient(weight, cast, inputs())
     return reduced.wait(), d_weight
 
 
@@ -125,7 +127,7 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, residual: Tensor, weight: Parameter, casts: Casts,
                 group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-        cast = casts.inputs.quantize(rows_of(inputs), both=False)
+        cast = casts.inputs.quantize(rows_of(inputs), columns=False)
         ctx.save_for_backward(inputs, weight)
         ctx.casts, ctx.group, ctx.sequence_parallel = casts, group, sequence_parallel
         return project(cast, casts.weight(), residual, group, sequence_parallel)
@@ -136,19 +138,19 @@ class _Row(torch.autograd.Function):
         cast, d_inputs = cast_and_multiply(
             rows_of(gradient), gradient, ctx.casts.gradient, ctx.group if ctx.sequence_parallel else None,
             weight.size(1), partial(input_gradient, ctx.casts.weight()))
-        d_weight = weight_gradient(weight, cast, ctx.casts.inputs.quantize(rows_of(inputs)))
+        d_weight = weight_gradient(weight, cast, ctx.casts.inputs.quantize(rows_of(inputs), rows=False))
         return d_inputs, gradient, d_weight, None, None, None
 
 
 def cast_and_multiply(source: Source, values: Tensor, scaling: Scaling, group: dist.ProcessGroup | None, width: int,
                       multiply: Callable[[Tensor, Tensor, Tensor], None], *,
-                      both: bool = True) -> tuple[Quantized, Tensor]:
+                      columns: bool = True) -> tuple[Quantized, Tensor]:
     """Cast the rows of values [s, b, features], with a group each rank its shard of s, and multiply the whole.
 
     multiply(rows, inverse, out) is given fp8 [tokens, features] x inverse and out [tokens, width]. What travels
-    is fp8. Returns the product [s, b, width] after the whole cast's transpose, which without `both` is none.
+    is fp8. Returns what a weight's gradient needs of the whole cast, its `columns`, and the product [s, b, width].
     """
-    cast = scaling.quantize(source, group, both=both)
+    cast = scaling.quantize(source, group, columns=columns)
     length = values.size(0) * (group.size() if group else 1)
     out = values.new_empty(length, values.size(1), width)
     if group is None:
@@ -159,7 +161,7 @@ def cast_and_multiply(source: Source, values: Tensor, scaling: Scaling, group: d
         lambda rows, place: multiply(rows.flatten(0, 1).view(cast.data.dtype), cast.inverse,
                                      out[place].flatten(0, 1)))
     data = whole.flatten(0, 1).view(cast.data.dtype)
-    return restored(transpose(data) if both else None, cast.inverse), out
+    return restored(transpose(data) if columns else None, cast.inverse), out
 
 
 def reduced_gradient(gradient: Quantized, weight: Quantized, like: Tensor, group: dist.ProcessGroup | None,
@@ -197,16 +199,21 @@ def normed(hidden: Tensor, gain: Parameter, eps: float) -> Normed:
     return Normed(rows, gain.detach(), inverse_rms(rows, eps))
 
 
+def normed_columns(hidden: Tensor, gain: Parameter, inverse_rms: Tensor, scaling: Scaling) -> Quantized:
+    """The columns of a cast of `normed`, whose inverse_rms [tokens] is known."""
+    return scaling.quantize(normed_again(hidden, gain, inverse_rms), rows=False)
+
+
 def normed_again(hidden: Tensor, gain: Parameter, inverse_rms: Tensor) -> Normed:
     """As `normed`, which had to find the inverse_rms [tokens]."""
     return Normed(hidden.flatten(0, 1).contiguous(), gain.detach(), inverse_rms)
 
 
 def kept(cast: Quantized) -> tuple[Tensor | None, Tensor]:
-    """What a weight's gradient needs of its layer's input."""
+    """What a weight's gradient needs of a cast."""
     return cast.transposed, cast.inverse
 
 
 def restored(transposed: Tensor | None, inverse: Tensor) -> Quantized:
-    """What was `kept`, for the products that read only the transpose."""
-    return Quantized(inverse.new_empty(0), transposed, inverse)
+    """What was `kept`."""
+    return Quantized(None, transposed, inverse)

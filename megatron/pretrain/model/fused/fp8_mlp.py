@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.fp8_linear import (
-    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, normed, normed_again, project, reduced_gradient,
-    restored, rows_of)
+    Casts, Fp8ColumnLinear, Fp8RowLinear, cast_and_multiply, kept, normed, normed_again, normed_columns, project,
+    reduced_gradient, restored, rows_of)
 from megatron.pretrain.model.fused.fp8_products import input_gradient, product, weight_gradient
 from megatron.pretrain.model.fused.norm import FusedRMSNorm, norm_gradients
 from megatron.pretrain.model.fused.quantize import E4M3, Gated, GatedGradient, Normed, Quantized
@@ -38,8 +38,11 @@ class Fp8GatedMLP(MLP):
 
 
 class _Fp8GatedMLP(torch.autograd.Function):
-    """hidden + the MLP of its norm. Keeps the hidden state, the norm's fp8 transpose, and the halves, from which the
-    cast of their gradient remakes the activation; with `recompute` the hidden state alone."""
+    """hidden + the MLP of its norm.
+
+    Keeps the hidden state, and the halves, from which the cast of their gradient remakes the activation; of a norm that
+    was gathered, the cast's transpose. With `recompute` the hidden state alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Parameter, up: Parameter, down: Parameter, norm: FusedRMSNorm,
@@ -47,11 +50,11 @@ class _Fp8GatedMLP(torch.autograd.Function):
                 recompute: bool) -> Tensor:
         ctx.casts, ctx.group, ctx.sequence_parallel = (up_casts, down_casts), group, sequence_parallel
         ctx.kernel = norm.kernel
-        source = normed(hidden, gain, norm.eps)
-        inputs, halves = _halves(ctx, source, hidden, up, both=not recompute)
-        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), both=False)
+        source, gathered = normed(hidden, gain, norm.eps), group is not None and sequence_parallel
+        inputs, halves = _halves(ctx, source, hidden, up, columns=gathered and not recompute)
+        activated = down_casts.inputs.quantize(Gated(halves.flatten(0, 1)), columns=False)
         ctx.save_for_backward(hidden, gain, source.inverse_rms, up, down, activated.inverse,
-                              *(() if recompute else (*kept(inputs), halves)))
+                              *(() if recompute else (halves, *(kept(inputs) if gathered else ()))))
         return project(activated, down_casts.weight(), hidden, group, sequence_parallel)
 
     @staticmethod
@@ -59,10 +62,10 @@ class _Fp8GatedMLP(torch.autograd.Function):
         hidden, gain, inverse_rms, up, down, activated_inverse, *saved = ctx.saved_tensors
         up_casts, down_casts = ctx.casts
         if saved:
-            *cast, halves = saved
-            inputs = restored(*cast)
+            halves, *cast = saved
+            inputs = restored(*cast) if cast else None
         else:
-            inputs, halves = _halves(ctx, normed_again(hidden, gain, inverse_rms), hidden, up, both=True)
+            inputs, halves = _halves(ctx, normed_again(hidden, gain, inverse_rms), hidden, up, columns=True)
         d_output, d_activated = cast_and_multiply(
             rows_of(gradient), gradient, down_casts.gradient, ctx.group if ctx.sequence_parallel else None,
             down.size(1), partial(input_gradient, down_casts.weight()))
@@ -74,13 +77,15 @@ class _Fp8GatedMLP(torch.autograd.Function):
         del d_activated
         d_down = weight_gradient(down, d_output, restored(activated, activated_inverse))
         del activated, d_output
+        if inputs is None:
+            inputs = normed_columns(hidden, gain, inverse_rms, up_casts.inputs)
         d_up = weight_gradient(up, d_halves, inputs)
         d_hidden, d_gain = norm_gradients(hidden, reduced.wait(), gradient, gain, inverse_rms, ctx.kernel)
         return d_hidden, d_gain, d_up, d_down, None, None, None, None, None, None
 
 
-def _halves(ctx: Any, source: Normed, hidden: Tensor, up: Parameter, *, both: bool) -> tuple[Quantized, Tensor]:
+def _halves(ctx: Any, source: Normed, hidden: Tensor, up: Parameter, *, columns: bool) -> tuple[Quantized, Tensor]:
     """As `cast_and_multiply` of the norm of hidden [s, b, h]: what it becomes before the activation [s, b, 2 f]."""
     casts, _ = ctx.casts
     return cast_and_multiply(source, hidden, casts.inputs, ctx.group if ctx.sequence_parallel else None, up.size(0),
-                             partial(product, casts.weight()), both=both)
+                             partial(product, casts.weight()), columns=columns)

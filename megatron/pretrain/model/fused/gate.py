@@ -19,8 +19,9 @@ from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 
 
 SHORT_SUM = 4096
-"""Features that a product sums over."""
-LARGE_TILES = {(256, 192): 1.0, (192, 256): 1.0, (128, 256): 1.05}
+"""Features, at most, of a product that sums over few."""
+SMALL_TILE = (128, 256)
+LARGE_TILES = {(256, 192): 1.0, (192, 256): 1.0, SMALL_TILE: 1.05}
 """Rows and columns, and the time that an operation takes beside the least, on an H200 at its power limit.
 
 The larger tiles move the least data for an operation, and power that moves data is not there to multiply.
@@ -83,9 +84,10 @@ class TorchGate:
 class QuackGate:
     """quack's products: the activation, its derivative and the residual are part of the product's epilogue.
 
-    The tile shapes are those that were fastest on an H200 at NEO's shapes (benchmarks/kernels.py); elsewhere
-    quack chooses. A product's programs share its tiles evenly, or with `dynamic` take the next when they are done with
-    one: where a collective holds cores, an even share would wait for those programs that start late.
+    The tile shapes are those that were fastest on an H200 at NEO's shapes (benchmarks/kernels.py --sustained), for long
+    sums by `large_tile`; on GPUs that are not Hopper's quack chooses. A product's programs share its tiles evenly, or
+    with `dynamic` take the next when they are done with one: where a collective holds cores, an even share would wait
+    for those programs that start late.
     """
 
     def __init__(self, *, dynamic: bool = False) -> None:
@@ -125,19 +127,23 @@ class QuackGate:
         _product(inputs, weight.detach().T, out, C=added, config=config)
 
     def _large_tile(self, out: Tensor, cluster: tuple[int, int]) -> Any:
-        """For a product with a long sum; `cluster` is for tiles of 128 x 256."""
-        rows, columns = large_tile(*out.shape, cores=_cores())
+        """For a product with a long sum; `cluster` is for small tiles."""
+        rows, columns = large_tile(*out.shape, cluster, cores=_cores())
         if rows == 192:    # quack fails with 192 x 256: the transposed product takes 256 x 192
             return self._tile(columns, rows, False, (2, 1), transposed=True)
         return self._tile(rows, columns, False, (1, 2) if rows == 256 else cluster)
 
 
-def large_tile(rows: int, columns: int, *, cores: int) -> tuple[int, int]:
-    """Rows and columns of the tile in which a product of this size takes the least time, in whole waves of tiles."""
+def large_tile(rows: int, columns: int, cluster: tuple[int, int], *, cores: int) -> tuple[int, int]:
+    """Rows and columns of the tile in which a product of this size takes the least time, in whole waves of tiles.
+
+    Two tiles are a cluster, which cores take as one: side by side, and small ones as `cluster` says.
+    """
 
     def time(tile: tuple[int, int]) -> float:
-        tiles = math.ceil(rows / tile[0]) * 2 * math.ceil(columns / tile[1] / 2)    # clusters are two tiles wide
-        return math.ceil(tiles / cores) * tile[0] * tile[1] * LARGE_TILES[tile]
+        down, across = cluster if tile == SMALL_TILE else (1, 2)
+        clusters = math.ceil(rows / (tile[0] * down)) * math.ceil(columns / (tile[1] * across))
+        return math.ceil(2 * clusters / cores) * math.prod(tile) * LARGE_TILES[tile]
 
     return min(LARGE_TILES, key=time)
 

@@ -12,6 +12,10 @@ import torch
 HOPPER = (9, 0)
 CHANGED_FLASH_ATTENTION = "4.0.0b36"
 """The flash-attn-4 whose kernel `attention_backward.py` changes from within."""
+PROJECT_BACKWARD_HEAD_DIMS = (192, 256)
+"""Of heads that `attention_backward.py` is written for."""
+FLASH_BACKWARD_HEAD_DIM = 192
+"""For wider heads flash-attn-4's own backward pass was measured to be slower than cuDNN's on an H200."""
 PACKAGES = {"quack": "quack-kernels", "flash_attn.cute": "flash-attn-4", "triton": "triton"}
 
 
@@ -30,24 +34,41 @@ class Kernels:
         return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+def kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int = 0, *,
+                deterministic: bool = False) -> Kernels:
     """The fastest kernels that run on this device in this precision.
 
-    quack's products and flash-attn-4 are written for Hopper and later and for 16-bit numbers.
+    quack's products and flash-attn-4 are written for Hopper and later and for 16-bit numbers. `head_dim` and
+    `deterministic` matter to attention's backward pass alone.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return Kernels()
     modern = torch.cuda.get_device_capability(device) >= HOPPER
     triton = "triton" if installed("triton") else "torch"
     quack = "quack" if modern and installed("quack") else "torch"
-    flash = "flash-attn-4" if modern and installed("flash_attn.cute") else "torch"
-    backward = "project" if flash == "flash-attn-4" and _project_backward_fits(device) else flash
-    return Kernels(gate=quack, norm=quack, rotary=triton, attention=flash, attention_backward=backward, loss=triton)
+    flash = modern and installed("flash_attn.cute")
+    return Kernels(gate=quack, norm=quack, rotary=triton, attention="flash-attn-4" if flash else "torch",
+                   attention_backward=_attention_backward(device, head_dim, deterministic) if flash else "torch",
+                   loss=triton)
 
 
-def _project_backward_fits(device: torch.device) -> bool:
-    return (torch.cuda.get_device_capability(device) == HOPPER
-            and importlib.metadata.version("flash-attn-4") == CHANGED_FLASH_ATTENTION)
+def _attention_backward(device: torch.device, head_dim: int, deterministic: bool) -> str:
+    """The fastest backward pass; flash-attn-4 alone promises the same bits every time."""
+    if deterministic:
+        return "flash-attn-4"
+    if project_backward_is_for(device, head_dim) and installed_flash_attention() == CHANGED_FLASH_ATTENTION:
+        return "project"
+    return "cuDNN" if head_dim > FLASH_BACKWARD_HEAD_DIM else "flash-attn-4"
+
+
+def project_backward_is_for(device: torch.device, head_dim: int) -> bool:
+    """Whether the project's own backward pass is written for such heads on this GPU."""
+    return head_dim in PROJECT_BACKWARD_HEAD_DIMS and torch.cuda.get_device_capability(device) == HOPPER
+
+
+def installed_flash_attention() -> str:
+    """The version of flash-attn-4."""
+    return importlib.metadata.version("flash-attn-4")
 
 
 def missing_packages() -> list[str]:

@@ -27,11 +27,11 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 class Quantized:
     """A matrix in fp8: value = fp8 number x inverse."""
 
-    data: Tensor
-    """fp8 [rows, columns], contiguous."""
+    data: Tensor | None
+    """fp8 [rows, columns], contiguous; None where only a weight's gradient is still to come."""
     transposed: Tensor | None
     """fp8 [columns, rows], contiguous; None where it is made later: of a rank's part of a matrix, once that is
-    whole, and of an activation, beside its gradient."""
+    whole; of a norm, of attention's output and of an activation, in the backward pass."""
     inverse: Tensor
     """fp32 scalar: 1 / scale."""
 
@@ -93,21 +93,21 @@ class GatedGradient(Source):
     activated_inverse: Tensor | None = None
 
     def into(self, target: Target) -> None:
-        activated = None if target.data is None else self.activated
+        activated = None if target.scale is None else self.activated
         _implementation(self.values).gated_gradient(self.values, self.gradient, target, activated,
                                                     self.activated_inverse)
 
 
-def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None, *,
-             transpose: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Cast a source [rows, columns] to fp8 (data [rows, columns], transposed [columns, rows] or None).
+def quantize(source: Source, scale: Tensor, dtype: torch.dtype, amax: Tensor | None = None, *, rows: bool = True,
+             columns: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """Cast a source to fp8: what is wanted of its `rows` [rows, columns] and its `columns` [columns, rows].
 
-    One read, two writes. `scale` is an fp32 scalar on the device. `amax`, an fp32 scalar, is raised to the
+    One read, a write each. `scale` is an fp32 scalar on the device. `amax`, an fp32 scalar, is raised to the
     largest absolute value that was seen, before scaling.
     """
-    rows, columns = source.shape
-    data = torch.empty(rows, columns, dtype=dtype, device=scale.device)
-    transposed = torch.empty(columns, rows, dtype=dtype, device=scale.device) if transpose else None
+    height, width = source.shape
+    data = torch.empty(height, width, dtype=dtype, device=scale.device) if rows else None
+    transposed = torch.empty(width, height, dtype=dtype, device=scale.device) if columns else None
     source.into(Target(amax=amax, scale=scale, data=data, transposed=transposed))
     return data, transposed
 

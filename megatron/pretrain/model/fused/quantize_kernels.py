@@ -83,13 +83,12 @@ def _require_words(length: int) -> None:
 
 
 def _arguments(target: Target, rows: int, columns: int) -> dict[str, object]:
-    written = target.data is not None
     return {
         "amax": None if target.amax is None else target.amax.view(torch.int32), "scale": target.scale,
-        "data": _words_of(target.data) if written else None,
+        "data": None if target.data is None else _words_of(target.data),
         "transposed": None if target.transposed is None else _words_of(target.transposed),
-        "FORMAT": FORMATS[target.data.dtype if written else torch.float8_e4m3fn],
-        "PTX": target.amax.is_cuda if target.scale is None else target.scale.is_cuda,
+        "FORMAT": tl.float8e4nv if target.scale is None else FORMATS[target.dtype],
+        "PTX": (target.amax if target.scale is None else target.scale).is_cuda,
         "EVEN": _even(rows, columns, TILE), **TILE}
 
 
@@ -100,7 +99,7 @@ def _cast_plain(values, rows, columns, amax, scale, data, transposed, FORMAT: tl
     value = _load(values, top, left, rows, columns, columns, PTX, EVEN, HEIGHT, WIDTH)
     if amax is not None:
         _raise(amax, value)
-    if data is not None:
+    if scale is not None:
         _write(value, scale, data, transposed, top, left, rows, columns, columns, FORMAT, PTX, EVEN, HEIGHT, WIDTH)
 
 
@@ -115,7 +114,7 @@ def _cast_normed(hidden, weight, inverse_rms, rows, columns, amax, scale, data, 
     value = value * inverse[:, None] * gain[None, :]
     if amax is not None:
         _raise(amax, value)
-    if data is not None:
+    if scale is not None:
         _write(value, scale, data, transposed, top, left, rows, columns, columns, FORMAT, PTX, EVEN, HEIGHT, WIDTH)
 
 
@@ -128,7 +127,7 @@ def _cast_gated(halves, rows, columns, amax, scale, data, transposed, FORMAT: tl
     value = gate * _sigmoid(gate, PTX) * up
     if amax is not None:
         _raise(amax, value)
-    if data is not None:
+    if scale is not None:
         _write(value, scale, data, transposed, top, left, rows, columns, columns, FORMAT, PTX, EVEN, HEIGHT, WIDTH)
 
 
@@ -153,11 +152,12 @@ def _cast_gated_gradient(halves, gradient, rows, columns, activated, activated_i
     d_up = upstream * silu
     if amax is not None:
         _raise(amax, tl.maximum(tl.abs(d_gate), tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL))
-    if data is not None:
+    if scale is not None:
+        beside = None if data is None else data + columns // 4
         below = None if transposed is None else transposed + columns.to(tl.int64) * (rows // 4)
         _write(d_gate, scale, data, transposed, top, left, rows, columns, 2 * columns, FORMAT, PTX, EVEN, HEIGHT,
                WIDTH)
-        _write(d_up, scale, data + columns // 4, below, top, left, rows, columns, 2 * columns, FORMAT, PTX, EVEN,
+        _write(d_up, scale, beside, below, top, left, rows, columns, 2 * columns, FORMAT, PTX, EVEN,
                HEIGHT, WIDTH)
 
 
@@ -257,15 +257,16 @@ def _raise(amax, value):
 @triton.jit
 def _write(value, scale, data, transposed, top, left, rows, columns, stride, FORMAT: tl.constexpr, PTX: tl.constexpr,
            EVEN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile, times the scale, to data and transposed, whose rows are `stride` numbers and `rows` numbers apart."""
+    """A tile, times the scale, to data and to transposed where wanted, with rows `stride` and `rows` numbers apart."""
     scaled = _scaled(value, tl.load(scale))
-    word = _word(_apart(tl.reshape(scaled, (HEIGHT, WIDTH // 4, 2, 2))), FORMAT, PTX)
-    row, column = _rows(HEIGHT), tl.arange(0, WIDTH // 4)
-    place = data + (top.to(tl.int64) * stride + left) // 4 + (row[:, None] * (stride // 4) + column[None, :])
-    if EVEN:
-        tl.store(place, word)
-    else:
-        tl.store(place, word, mask=(top + row < rows)[:, None] & (left + 4 * column < columns)[None, :])
+    if data is not None:
+        word = _word(_apart(tl.reshape(scaled, (HEIGHT, WIDTH // 4, 2, 2))), FORMAT, PTX)
+        row, column = _rows(HEIGHT), tl.arange(0, WIDTH // 4)
+        place = data + (top.to(tl.int64) * stride + left) // 4 + (row[:, None] * (stride // 4) + column[None, :])
+        if EVEN:
+            tl.store(place, word)
+        else:
+            tl.store(place, word, mask=(top + row < rows)[:, None] & (left + 4 * column < columns)[None, :])
     if transposed is not None:
         _write_transposed(scaled, transposed, top, left, rows, columns, FORMAT, PTX, EVEN, HEIGHT, WIDTH)
 

@@ -18,11 +18,16 @@ class Target:
     amax: Tensor | None = None
     """fp32 scalar, raised to the largest absolute value before scaling."""
     scale: Tensor | None = None
-    """fp32 scalar that values are multiplied by, with `data`."""
+    """fp32 scalar that values are multiplied by, with `data` or `transposed`."""
     data: Tensor | None = None
     """fp8 [rows, columns]."""
     transposed: Tensor | None = None
-    """fp8 [columns, rows], beside `data`."""
+    """fp8 [columns, rows]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format of what is written."""
+        return (self.data if self.data is not None else self.transposed).dtype
 
 
 def plain(values: Tensor, target: Target) -> None:
@@ -70,8 +75,9 @@ def to_fp8(scaled: Tensor, dtype: torch.dtype) -> Tensor:
 def _emit(values: Tensor, target: Target) -> None:
     if target.amax is not None and values.numel():
         target.amax.copy_(torch.maximum(target.amax, values.abs().max()))
-    if target.data is not None:
-        quantized = to_fp8(values * target.scale, target.data.dtype)
-        target.data.copy_(quantized)
+    if target.scale is not None:
+        quantized = to_fp8(values * target.scale, target.dtype)
+        if target.data is not None:
+            target.data.copy_(quantized)
         if target.transposed is not None:
             transpose(quantized, target.transposed)

@@ -24,8 +24,9 @@ HISTORY = 1024
 class Scaling(Protocol):
     """How one tensor of a layer is cast."""
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
-        """`both` ways round, with the inverse of the scale that was taken.
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, rows: bool = True,
+                 columns: bool = True) -> Quantized:
+        """Its rows, its columns or both, with the inverse of the scale that was taken.
 
         With a group the source is its rank's part of a tensor: all take one scale, and nothing is transposed.
         """
@@ -37,9 +38,10 @@ class CurrentScaling:
 
     dtype: torch.dtype
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, rows: bool = True,
+                 columns: bool = True) -> Quantized:
         scale, inverse = scale_of(_largest_of(source, group), self.dtype)
-        return Quantized(*quantize(source, scale, self.dtype, transpose=both and group is None), inverse)
+        return Quantized(*quantize(source, scale, self.dtype, rows=rows, columns=columns and group is None), inverse)
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,16 @@ class DelayedScaling:
     number: int
     dtype: torch.dtype
 
-    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, both: bool = True) -> Quantized:
-        live, transposed = self.history.live[self.number], both and group is None
+    def quantize(self, source: Source, group: dist.ProcessGroup | None = None, *, rows: bool = True,
+                 columns: bool = True) -> Quantized:
+        live, columns = self.history.live[self.number], columns and group is None
         if not self.history.begun:  # nothing is known yet: the first step looks at the tensor itself
             amax = _largest_of(source, group)
             live.copy_(torch.maximum(live, amax))
             scale, inverse = scale_of(amax, self.dtype)
-            return Quantized(*quantize(source, scale, self.dtype, transpose=transposed), inverse)
+            return Quantized(*quantize(source, scale, self.dtype, rows=rows, columns=columns), inverse)
         scale, inverse = self.history.scales[self.number], self.history.inverses[self.number]
-        return Quantized(*quantize(source, scale, self.dtype, amax=live, transpose=transposed), inverse)
+        return Quantized(*quantize(source, scale, self.dtype, amax=live, rows=rows, columns=columns), inverse)
 
 
 def _largest_of(source: Source, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 HEADS_A_PROGRAM = 16
 STRIP_HEADS_A_PROGRAM = 4
-STRIP_ROWS = 16
-"""What a warp has of a tile of 64 rows."""
+STRIP_ROWS, TILE_ROWS = 16, 64
+"""Of one of Hopper's matrix products, a warp's and four warps'."""
 
 
 def rotate_(mixed: Tensor, angles: Tensor, *, inverse: bool = False, keys_only: bool = False) -> None:
@@ -53,10 +53,9 @@ def pack_sums(sums: Tensor, mixed: Tensor, slot: int, scale: float, angles: Tens
     length, batch, groups, heads, width = mixed.shape
     all_heads = sums.size(1)
     grid = (batch * triton.cdiv(length, STRIP_ROWS), triton.cdiv(all_heads, STRIP_HEADS_A_PROGRAM))
-    rope_pack_sums[grid](sums, mixed, mixed if angles is None else angles, scale, batch, length, all_heads,
-                         all_heads // groups, slot, heads, sums.size(2), WIDTH=width,
-                         EIGHTS=triton.next_power_of_2(width // 16), ROTATED=angles is not None,
-                         HEADS=STRIP_HEADS_A_PROGRAM)
+    rope_pack_sums[grid](sums, mixed, angles, scale, batch, length, all_heads, all_heads // groups, slot, heads,
+                         sums.size(2), WIDTH=width, EIGHTS=triton.next_power_of_2(width // 16), ROWS=STRIP_ROWS,
+                         STRIPS=TILE_ROWS // STRIP_ROWS, HEADS=STRIP_HEADS_A_PROGRAM)
 
 
 @triton.jit
@@ -109,28 +108,33 @@ def rope_pack(query, key, value, mixed, angles, batch, all_heads, heads, width, 
 
 @triton.jit
 def rope_pack_sums(sums, mixed, angles, scale, batch, length, all_heads, each, first_slot, heads, sums_of_head,
-                   WIDTH: tl.constexpr, EIGHTS: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr):
-    """A strip of 16 rows of the next HEADS heads; EIGHTS of a half of their features, some of which are not there."""
+                   WIDTH: tl.constexpr, EIGHTS: tl.constexpr, ROWS: tl.constexpr, STRIPS: tl.constexpr,
+                   HEADS: tl.constexpr):
+    """A strip of ROWS, of which a tile has STRIPS, of the next HEADS heads.
+
+    EIGHTS are of a half of the features, a power of 2: the last may not be there.
+    """
     HALF: tl.constexpr = WIDTH // 2
     sample = (tl.program_id(0) % batch).to(tl.int64)
     strip = (tl.program_id(0) // batch).to(tl.int64)
-    row = strip * 16 + tl.arange(0, 16)
+    row = strip * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, 8 * EIGHTS)
     mask = (row < length)[:, None] & (feature < HALF)[None, :]
-    if ROTATED:
+    if angles is not None:
         angle = tl.load(angles + row[:, None] * WIDTH + feature[None, :], mask=mask, other=0.0)
         cosine, sine = tl.cos(angle), tl.sin(angle)
 
+    # Eight columns of a tile lie one strip after the other.
     eighth = tl.arange(0, EIGHTS)[:, None]
-    value = eighth * 512 + tl.arange(0, 128)[None, :]
-    there = (eighth < HALF // 8) & (tl.arange(0, 128)[None, :] >= 0)
-    of_strip = sums + (strip // 4) * 64 * WIDTH + (strip % 4) * 128 + value
+    there = eighth < HALF // 8
+    of_strip = (sums + strip // STRIPS * STRIPS * ROWS * WIDTH + strip % STRIPS * 8 * ROWS
+                + eighth * 8 * ROWS * STRIPS + tl.arange(0, 8 * ROWS)[None, :])
     begin = tl.program_id(1) * HEADS
     for head in range(begin, tl.minimum(begin + HEADS, all_heads)):
         at = of_strip + (sample * all_heads + head) * sums_of_head
         first = _rows(tl.load(at, mask=there, other=0.0), EIGHTS) * scale
-        second = _rows(tl.load(at + HALF * 64, mask=there, other=0.0), EIGHTS) * scale
-        if ROTATED:
+        second = _rows(tl.load(at + HALF * ROWS * STRIPS, mask=there, other=0.0), EIGHTS) * scale
+        if angles is not None:
             first, second = first * cosine + second * sine, second * cosine - first * sine
         start = ((row * batch + sample) * (all_heads // each) + head // each) * heads + first_slot + head % each
         out = mixed + start[:, None] * WIDTH + feature[None, :]
