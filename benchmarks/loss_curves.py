@@ -110,7 +110,7 @@ def train(options: argparse.Namespace, arm: str, folder: Path, *flags: str) -> N
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     if options.peer_path and arm.startswith("transformer_engine"):
         paths.insert(0, options.peer_path)
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
                    "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with open(folder / "log", "w", encoding="utf-8") as log:
         ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

@@ -95,7 +95,7 @@ def _environment() -> dict[str, str]:
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {
         # As the launchers set them; NVLink multicast is not needed, and not every machine allows it.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "0",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "NCCL_NVLS_ENABLE": "0",
         **{name: value for name, value in os.environ.items() if name not in own},
         "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 

@@ -422,9 +422,11 @@ start_run() {
     local settings=(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}") torchrun
     if [[ "$DISTRIBUTED_BACKEND" == gloo ]]; then
         settings+=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_a_process)}")
-    elif ((TP_SIZE > 1)); then
+    else
+        # flash-attn-4 compiles its kernels at every start, unless it is asked to keep them.
+        settings+=(FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="${FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED:-1}")
         # One hardware queue keeps a collective behind the product it should hide under (before Blackwell).
-        settings+=(CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
+        ((TP_SIZE == 1)) || settings+=(CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
     fi
     torchrun=("$(dirname "$PYTHON")/torchrun")
     [[ -x "${torchrun[0]}" ]] || torchrun=("$PYTHON" -m torch.distributed.run)

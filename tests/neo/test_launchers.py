@@ -247,14 +247,16 @@ def test_processes_of_a_dry_run(launch, gpus, variables, processes, backend):
     assert (said.flag("--nproc_per_node"), said.flag("--distributed-backend")) == (processes, backend)
 
 
-def test_the_engine_is_told_of_one_queue_only_where_it_needs_it(launch):
-    def queue(**variables) -> list[str]:
-        command = launch("pretrain_7b", "--dry-run", DATA_PATH="corpus", **variables).command
-        return [word for word in command if word.startswith("CUDA_DEVICE_MAX_CONNECTIONS=")]
+def test_gpus_are_told_of_one_queue_where_they_need_it_and_to_keep_kernels(launch):
+    queue, kept = "CUDA_DEVICE_MAX_CONNECTIONS", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
-    assert queue() == ["CUDA_DEVICE_MAX_CONNECTIONS=1"]
-    assert queue(CUDA_DEVICE_MAX_CONNECTIONS=8) == ["CUDA_DEVICE_MAX_CONNECTIONS=8"]
-    assert queue(TP_SIZE=1) == [] and queue(GPUS_PER_NODE=2) == []
+    def told(**variables) -> list[str]:
+        command = launch("pretrain_7b", "--dry-run", DATA_PATH="corpus", **variables).command
+        return [word for word in command if word.startswith((queue, kept))]
+
+    assert told() == [f"{kept}=1", f"{queue}=1"]
+    assert told(**{queue: 8, kept: 0}) == [f"{kept}=0", f"{queue}=8"]
+    assert told(TP_SIZE=1) == [f"{kept}=1"] and told(GPUS_PER_NODE=2) == []
 
 
 @pytest.mark.parametrize("gpus, variables, overlaps", [
