@@ -1,6 +1,6 @@
 """Run by test_interpreted.py: compares one Triton kernel with its torch form, without a GPU.
 
-    python drive_triton.py adamw|rotary|sums|loss
+    python drive_triton.py adamw|rotary|sums|rows|loss
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch  # noqa: E402
 
-from megatron.pretrain.model.fused import triton_loss, triton_rotary  # noqa: E402
+from megatron.pretrain.model.fused import triton_loss, triton_rotary, triton_rows  # noqa: E402
 from megatron.pretrain.model.fused.attention import _rotated  # noqa: E402
 from megatron.pretrain.model.fused.loss import _Torch  # noqa: E402
 from megatron.pretrain.optim.adamw import FusedAdamW  # noqa: E402
@@ -75,6 +75,23 @@ def heads_of(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(part.permute(1, 2, 0, 3).contiguous().transpose(1, 2) for part in parts)
 
 
+def rows() -> None:
+    for count, width in ((1, 1), (132, 100), (65, 32)):
+        parts, start = torch.randn(count, width), torch.randn(width)
+        total = start.clone()
+        triton_rows.add_all(total, parts)
+        torch.testing.assert_close(total, start + parts.sum(0))
+    for count, vocabulary, width in ((1, 1, 1), (40, 3, 16), (33, 100, 520), (50, 1, 5)):
+        # Of a part of the vocabulary: some tokens lie before it and some behind.
+        tokens = torch.randint(-2, vocabulary + 2, (count,))
+        values, start = torch.randn(count, width).bfloat16(), torch.randn(vocabulary, width)
+        total = start.clone()
+        triton_rows.add_by_token(total, tokens, values)
+        own = (tokens >= 0) & (tokens < vocabulary)
+        exact = start.double().index_add(0, tokens[own], values[own].double())
+        torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def loss() -> None:
     for tokens, width, first in ((1, 16, 0), (7, 100, 0), (9, 100, 100), (3, 8200, 0)):
         logits, labels = torch.randn(tokens, width) * 4, torch.randint(0, 2 * width, (tokens,))
@@ -113,5 +130,5 @@ def adamw() -> None:
 
 
 torch.manual_seed(0)
-{"adamw": adamw, "rotary": rotary, "sums": sums, "loss": loss}[sys.argv[1]]()
+{"adamw": adamw, "rotary": rotary, "sums": sums, "rows": rows, "loss": loss}[sys.argv[1]]()
 print(f"{sys.argv[1]}: equal")

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 DRIVER = Path(__file__).with_name("drive_triton.py")
 
 
-@pytest.mark.parametrize("part", ["adamw", "rotary", "sums", "loss"])
+@pytest.mark.parametrize("part", ["adamw", "rotary", "sums", "rows", "loss"])
 def test_kernel_is_its_torch_form(part: str) -> None:
     ran = subprocess.run([sys.executable, str(DRIVER), part], text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, timeout=300)

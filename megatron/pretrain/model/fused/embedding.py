@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+from megatron.pretrain.model.fused.kernels import installed
 from megatron.pretrain.model.fused.products import delivered
 
 
@@ -31,12 +32,7 @@ class VocabularyTable(VocabParallelEmbedding):
         """Token ids [b, s] -> [b, s, h], or with `reduce_scatter_embeddings` a shard of [s, b, h]."""
         if self.deterministic_mode:
             return super().forward(input_)
-        if self.tp_group.size() == 1:
-            rows = _Lookup.apply(input_, self.weight)
-        else:
-            elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
-            own = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
-            rows = _Lookup.apply(own, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        rows = _Lookup.apply(input_ - self.vocab_start_index, self.weight, self.tp_group.size() > 1)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(),
                                                               group=self.tp_group)
@@ -44,32 +40,34 @@ class VocabularyTable(VocabParallelEmbedding):
 
 
 class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Parameter) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        return functional.embedding(tokens, weight)
+    """Rows of weight [vocabulary, h] by tokens [b, s]; of a rank's part of them, zeros for tokens of other ranks."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+    def forward(ctx: Any, tokens: Tensor, weight: Parameter, partial: bool) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        if not partial:
+            return functional.embedding(tokens, weight)
+        elsewhere = (tokens < 0) | (tokens >= weight.size(0))
+        return functional.embedding(tokens.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
-        if not hasattr(weight, "main_grad"):
-            total = torch.zeros_like(weight, dtype=torch.float32)
-            add_rows(total, tokens.flatten(), gradient.flatten(0, 1))
-            return None, total.to(weight.dtype)
-        add_rows(weight.main_grad, tokens.flatten(), gradient.flatten(0, 1))
-        return None, delivered(weight)
+        held = hasattr(weight, "main_grad")
+        total = weight.main_grad if held else torch.zeros_like(weight, dtype=torch.float32)
+        add_rows(total, tokens.flatten(), gradient.flatten(0, 1).contiguous())
+        return None, delivered(weight) if held else total.to(weight.dtype), None
 
 
 def add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> None:
-    """total[tokens[i]] += rows[i] for total fp32 [vocabulary, h], tokens [n], rows [n, h].
+    """total[tokens[i]] += rows[i] for total fp32 [vocabulary, h], tokens [n], contiguous rows [n, h].
 
-    A token's rows are first summed among themselves, in one row of n: what is then added has the size of the
-    batch, not of the vocabulary. Rows that are left over are zeros, and where they are added does not matter.
+    Tokens that are no row of total are passed over.
     """
-    count = tokens.numel()
-    ordered, order = tokens.sort(stable=True)
-    number = (ordered[1:] != ordered[:-1]).cumsum(0)
-    number = torch.cat([number.new_zeros(1), number])
-    summed = torch.ops.aten.embedding_dense_backward(rows[order].float(), number, count, -1, False)
-    place = torch.arange(count, device=tokens.device).remainder(total.size(0)).scatter_(0, number, ordered)
-    total.index_add_(0, place, summed)
+    if total.is_cuda and installed("triton"):
+        from megatron.pretrain.model.fused.triton_rows import add_by_token
+
+        add_by_token(total, tokens, rows)
+    else:
+        own = (tokens >= 0) & (tokens < total.size(0))
+        total.index_add_(0, tokens[own], rows[own].float())

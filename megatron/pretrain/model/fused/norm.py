@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused.kernels import kernels_for
-from megatron.pretrain.model.fused.products import deliver
+from megatron.pretrain.model.fused.products import deliver_sum
 from megatron.pretrain.model.fused.weights import ready_weight
 from megatron.pretrain.model.layers import RMSNorm
 
@@ -53,8 +53,8 @@ def norm_gradients(hidden: Tensor, d_normed: Tensor, d_residual: Tensor | None, 
     """The gradient of hidden [..., h], the residual's added to it, and the weight's as autograd takes it."""
     rows = [None if part is None else part.flatten(0, -2).contiguous()
             for part in (hidden, d_normed, d_residual)]
-    d_hidden, d_weight = (_quack_backward if kernel == "quack" else _torch_backward)(*rows, weight, inverse_rms)
-    return d_hidden.view(hidden.shape), deliver(weight, d_weight)
+    d_hidden, parts = (_quack_backward if kernel == "quack" else _torch_backward)(*rows, weight, inverse_rms)
+    return d_hidden.view(hidden.shape), deliver_sum(weight, parts)
 
 
 def _torch_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:
@@ -65,13 +65,16 @@ def _torch_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tenso
 
 def _torch_backward(hidden: Tensor, d_normed: Tensor, d_residual: Tensor | None, weight: Parameter,
                     inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """With y = w * x / rms(x): dx = (w dy - x^ mean(w dy x^)) / rms + d_residual, where x^ = x / rms(x)."""
+    """With y = w * x / rms(x): dx = (w dy - x^ mean(w dy x^)) / rms + d_residual, where x^ = x / rms(x).
+
+    The weight's gradient is the sum of the second result, fp32 [parts, h].
+    """
     unit = hidden.float() * inverse_rms[:, None]
     scaled = d_normed.float() * weight.float()
     d_hidden = (scaled - unit * (scaled * unit).mean(-1, keepdim=True)) * inverse_rms[:, None]
     if d_residual is not None:
         d_hidden += d_residual
-    return d_hidden.to(hidden.dtype), (d_normed.float() * unit).sum(0)
+    return d_hidden.to(hidden.dtype), (d_normed.float() * unit).sum(0, keepdim=True)
 
 
 def _quack_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:
@@ -83,8 +86,10 @@ def _quack_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tenso
 
 def _quack_backward(hidden: Tensor, d_normed: Tensor, d_residual: Tensor | None, weight: Parameter,
                     inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    from quack.rmsnorm import rmsnorm_bwd
+    """As `_torch_backward`, a part of each program's; quack's own `rmsnorm_bwd` would sum them, in bf16."""
+    from quack.rmsnorm import _rmsnorm_bwd, get_sm_count
 
-    d_hidden, d_weight, _, _ = rmsnorm_bwd(
-        hidden, weight.detach(), d_normed, inverse_rms, dresidual_out=d_residual)
-    return d_hidden, d_weight
+    d_hidden = torch.empty_like(hidden)
+    parts = torch.empty(get_sm_count(hidden.size(1), hidden.device), hidden.size(1), device=hidden.device)
+    _rmsnorm_bwd(hidden, weight.detach(), d_normed, inverse_rms, d_hidden, parts, None, d_residual, None, len(parts))
+    return d_hidden, parts

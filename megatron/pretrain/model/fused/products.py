@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.pretrain.model.fused import cublaslt
+from megatron.pretrain.model.fused.kernels import installed
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -57,11 +58,16 @@ def replaces(weight: Parameter) -> bool:
     return getattr(weight, "main_grad_is_not_zeroed", False) and not weight.grad_added_to_main_grad
 
 
-def deliver(weight: Parameter, gradient: Tensor) -> Tensor:
-    """Give a ready gradient of the weight's shape to autograd, through the fp32 accumulator where there is one."""
+def deliver_sum(weight: Parameter, parts: Tensor) -> Tensor:
+    """Give a vector's gradient, the sum of parts fp32 [n, h], to autograd: through the accumulator if there is one."""
     if not hasattr(weight, "main_grad"):
-        return gradient.to(weight.dtype)
-    weight.main_grad.add_(gradient)
+        return parts.sum(0).to(weight.dtype)
+    if parts.is_cuda and installed("triton"):
+        from megatron.pretrain.model.fused.triton_rows import add_all
+
+        add_all(weight.main_grad, parts)
+    else:
+        weight.main_grad.add_(parts.sum(0))
     return delivered(weight)
 
 
