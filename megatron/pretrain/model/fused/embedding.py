@@ -32,7 +32,8 @@ class VocabularyTable(VocabParallelEmbedding):
         """Token ids [b, s] -> [b, s, h], or with `reduce_scatter_embeddings` a shard of [s, b, h]."""
         if self.deterministic_mode:
             return super().forward(input_)
-        rows = _Lookup.apply(input_ - self.vocab_start_index, self.weight, self.tp_group.size() > 1)
+        partial = self.tp_group.size() > 1
+        rows = _Lookup.apply(input_ - self.vocab_start_index if partial else input_, self.weight, partial)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(rows.transpose(0, 1).contiguous(),
                                                               group=self.tp_group)

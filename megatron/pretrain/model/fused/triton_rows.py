@@ -46,7 +46,7 @@ def rows_add_by_token(total, ordered, order, rows, vocabulary, count, width, ROW
     place = tl.program_id(0)
     token = tl.load(ordered + place)
     before = tl.load(ordered + place - 1, mask=place > 0, other=-1)
-    if (token >= 0) & (token < vocabulary) & ((token != before) | (place == 0)):
+    if (token >= 0) & (token < vocabulary) & (token != before):
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         summed = tl.zeros((COLUMNS,), tl.float32)
         more = place < count
