@@ -37,7 +37,7 @@ def attention_forward(setting: Setting) -> Part:
 
 def attention_backward(setting: Setting) -> Part:
     from megatron.pretrain.model.fused import attention
-    from megatron.pretrain.model.fused.kernels import PROJECT_BACKWARD_HEAD_DIMS
+    from megatron.pretrain.model.fused.kernels import PROJECT_BACKWARD_HEAD_DIMS, kernels_for
 
     query, key, value = _heads(setting)
     gradient = setting.random(setting.tokens, 1, *query.shape[1::2]).permute(1, 2, 0, 3)
@@ -47,11 +47,14 @@ def attention_backward(setting: Setting) -> Part:
         candidates["cuDNN"] = Lazy(partial(_cudnn_backward, query, key, value, gradient))
     flash = {"flash-attn-4": Lazy(partial(_flash_backward, query, key, value, gradient))}
     # The ways of the fused layers turn heads back as well: where one is the fastest, "rope" counts twice.
+    width = setting.shape.kv_channels
+    chosen = kernels_for(setting.device, torch.bfloat16, width).attention_backward
     ways = {"flash-attn-4": partial(attention._flash_backward, deterministic=False), "cuDNN": attention._cudnn_backward}
-    if setting.shape.kv_channels in PROJECT_BACKWARD_HEAD_DIMS:
-        ways["own"] = attention._project_backward
-    flash |= {f"project: {name}, rotated": Lazy(partial(_rotated_backward, setting, query, key, value, gradient, way))
-              for name, way in ways.items()}
+    if width in PROJECT_BACKWARD_HEAD_DIMS:
+        ways["project"] = attention._project_backward
+    for name, way in ways.items():
+        flash[f"{'project: ' if name == chosen else ''}{name}, rotated"] = Lazy(
+            partial(_rotated_backward, setting, query, key, value, gradient, way))
 
     def last_rows(gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.cat([part[:, :, -CHECKED_ROWS:].flatten().double() for part in gradients])

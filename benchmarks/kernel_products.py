@@ -9,6 +9,7 @@ import torch
 from kernel_parts import CHECKED_ROWS, Part, Setting, first_rows, moved, poisoned
 from torch import Tensor
 
+
 class Tile(NamedTuple):
     """One of quack's: a program's part of a product, two of which are a cluster."""
 

@@ -38,7 +38,7 @@ do it, beside the floor of that part: the longer of its operations at the rate o
 bytes at the rate of a large copy, both measured first. Before it is timed, a kernel's result is compared
 with fp64 on some of its rows; one that is wrong or not finite is a failure and is not timed. A time is the
 median of single calls, each after the cache was flushed, --seconds of them, all candidates in turn, twice.
-A candidate `project: ...` is the way of the fused layers; of attention's they take the last that there is.
+A candidate `project: ...` is what the fused layers call.
 
 Single calls find a GPU cool and fast. In a step it is at its power limit, where the kernel is fastest that takes
 the least energy: --sustained times three loops of --seconds, each after a third of it to get there. Of parts

@@ -272,7 +272,7 @@ def test_adamw() -> None:
 
 
 def test_every_kernel_is_chosen_here() -> None:
-    from megatron.pretrain.model.fused.attention_backward import TILINGS
+    from megatron.pretrain.model.fused.attention_backward_kernel import TILINGS
 
     assert "torch" not in str(kernels_for(torch.device("cuda"), BF16)).split()
     assert set(str(kernels_for(torch.device("cuda"), torch.float32)).replace(",", "").split()[1::2]) == {"torch"}

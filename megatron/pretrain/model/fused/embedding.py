@@ -70,5 +70,6 @@ def add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> None:
 
         add_by_token(total, tokens, rows)
     else:
-        own = (tokens >= 0) & (tokens < total.size(0))
-        total.index_add_(0, tokens[own], rows[own].float())
+        # Others add noughts: to leave them out the host would have to wait for their number.
+        others = (tokens < 0) | (tokens >= total.size(0))
+        total.index_add_(0, tokens.masked_fill(others, 0), rows.float().masked_fill(others[:, None], 0))

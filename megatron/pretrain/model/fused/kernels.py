@@ -11,9 +11,9 @@ import torch
 
 HOPPER = (9, 0)
 CHANGED_FLASH_ATTENTION = "4.0.0b36"
-"""The flash-attn-4 whose kernel `attention_backward.py` changes from within."""
+"""The flash-attn-4 whose kernel `attention_backward_kernel.py` changes from within."""
 PROJECT_BACKWARD_HEAD_DIMS = (192, 256)
-"""Of heads that `attention_backward.py` is written for."""
+"""Of heads that `attention_backward_kernel.py` is written for."""
 FLASH_BACKWARD_HEAD_DIM = 192
 """For wider heads flash-attn-4's own backward pass was measured to be slower than cuDNN's on an H200."""
 PACKAGES = {"quack": "quack-kernels", "flash_attn.cute": "flash-attn-4", "triton": "triton"}
