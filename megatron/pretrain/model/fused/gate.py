@@ -21,7 +21,7 @@ from megatron.pretrain.model.fused.kernels import HOPPER, Kernels
 SHORT_SUM = 4096
 """Features, at most, of a product that sums over few."""
 SMALL_TILE = (128, 256)
-LARGE_TILES = {(256, 192): 1.0, (192, 256): 1.0, SMALL_TILE: 1.05}
+TILE_TIMES = {(256, 192): 1.0, (192, 256): 1.0, SMALL_TILE: 1.05}
 """Rows and columns, and the time that an operation takes beside the least, on an H200 at its power limit.
 
 The larger tiles move the least data for an operation, and power that moves data is not there to multiply.
@@ -143,9 +143,9 @@ def large_tile(rows: int, columns: int, cluster: tuple[int, int], *, cores: int)
     def time(tile: tuple[int, int]) -> float:
         down, across = cluster if tile == SMALL_TILE else (1, 2)
         clusters = math.ceil(rows / (tile[0] * down)) * math.ceil(columns / (tile[1] * across))
-        return math.ceil(2 * clusters / cores) * math.prod(tile) * LARGE_TILES[tile]
+        return math.ceil(2 * clusters / cores) * math.prod(tile) * TILE_TIMES[tile]
 
-    return min(LARGE_TILES, key=time)
+    return min(TILE_TIMES, key=time)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, **options: Any) -> None:

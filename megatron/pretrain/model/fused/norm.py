@@ -86,10 +86,11 @@ def _quack_forward(hidden: Tensor, weight: Parameter, eps: float) -> tuple[Tenso
 
 def _quack_backward(hidden: Tensor, d_normed: Tensor, d_residual: Tensor | None, weight: Parameter,
                     inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_torch_backward`, a part of each program's; quack's own `rmsnorm_bwd` would sum them, in bf16."""
+    """As `_torch_backward`, a part of each program's: quack's own `rmsnorm_bwd` rounds their sum to bf16."""
     from quack.rmsnorm import _rmsnorm_bwd, get_sm_count
 
     d_hidden = torch.empty_like(hidden)
-    parts = torch.empty(get_sm_count(hidden.size(1), hidden.device), hidden.size(1), device=hidden.device)
-    _rmsnorm_bwd(hidden, weight.detach(), d_normed, inverse_rms, d_hidden, parts, None, d_residual, None, len(parts))
+    programs = get_sm_count(hidden.size(1), hidden.device)
+    parts = torch.empty(programs, hidden.size(1), dtype=torch.float32, device=hidden.device)
+    _rmsnorm_bwd(hidden, weight.detach(), d_normed, inverse_rms, d_hidden, parts, None, d_residual, None, programs)
     return d_hidden, parts
