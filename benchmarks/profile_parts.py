@@ -11,7 +11,7 @@ from typing import Any
 # The first pattern that is found names the part: attention's and norm's kernels are written in CuTe too, and
 # their names say so, so they come before the products.
 PARTS: tuple[tuple[str, str], ...] = (
-    ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|gloo"),
+    ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|gloo|symmetric_memory|memcpy ptop"),
     ("attention", r"flash_?att|flash_(fwd|bwd)|sdpa|fmha|fprop|bprop|attention"),
     ("loss", r"cross_?entropy|online_softmax|element_mul|nll_loss|soft_?max(for|back)ward|log_softmax"),
     ("optimizer", r"adam|multi_?tensor|l2_?norm|foreach|lpnorm"),

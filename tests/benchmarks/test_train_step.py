@@ -161,6 +161,8 @@ def test_kernels_are_timed_in_loops_too(run_tool, tmp_path: Path):
      "optimizer"),
     ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor>", "optimizer"),
     ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+    ("c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)", "communication"),
+    ("Memcpy PtoP (Device -> Device)", "communication"),
     ("Memcpy DtoD (Device -> Device)", "copies"),
     ("Memset (Device)", "copies"),
     ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
