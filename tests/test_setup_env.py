@@ -44,6 +44,22 @@ def test_no_suitable_python_is_said_and_nothing_is_made(clone: Path):
     assert not (clone / ".venv").exists()
 
 
+def test_the_torch_of_an_environment_that_is_not_active_is_left_to_it(clone: Path, tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "other")], check=True)
+    add_distribution(tmp_path / "other", "torch", "2.13.0")
+    made = tmp_path / "made"
+    script = f"""
+        source '{clone}/neo/scripts/setup_env.sh'
+        [[ "$(torch_of '{tmp_path}/other/bin/python')" == "fit 2.13.0" ]] || exit 3
+        NEO_PYTHON='{tmp_path}/other/bin/python' NEO_ENVIRONMENT='{made}'
+        make_environment && torch_of '{made}/bin/python'"""
+    outcome = subprocess.run(["bash", "-c", script], text=True, capture_output=True)
+    assert outcome.returncode == 0, outcome.stderr
+    said, torch = outcome.stdout.splitlines()
+    assert "and its torch" not in said and torch == "none"
+    assert "include-system-site-packages = false" in (made / "pyvenv.cfg").read_text()
+
+
 def test_an_active_environment_of_another_python_is_refused(clone: Path, tmp_path: Path):
     python = tmp_path / "other" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -56,6 +56,11 @@ suitable_python() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
 }
 
+# is_an_environments PYTHON: true for the Python of a virtual environment.
+is_an_environments() {
+    "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'
+}
+
 # torch_of PYTHON: "none", "old VERSION" or "fit VERSION".
 torch_of() {
     "$1" - <<'PYTHON_CODE'
@@ -74,8 +79,9 @@ make_environment() {
     for candidate in ${NEO_PYTHON:-python3 python python3.11 python3.12 python3.10}; do
         suitable_python "$candidate" || continue
         [[ -n "$base" ]] || base="$candidate"
-        # A torch that came with the machine stays in use: the environment sees its packages.
-        if [[ "$(torch_of "$candidate")" == fit* ]]; then
+        # A torch that came with the machine stays in use: the environment sees its packages. Those of a Python
+        # that is an environment's itself stay out of its sight, because venv goes back to that one's base.
+        if [[ "$(torch_of "$candidate")" == fit* ]] && ! is_an_environments "$candidate"; then
             base="$candidate" visible="--system-site-packages"
             break
         fi
