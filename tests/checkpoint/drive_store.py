@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.pretrain.checkpoint.manifest import TRACKER_NAME, Manifest
 from megatron.pretrain.checkpoint.store import load_everything, load_weights, save_checkpoint
@@ -75,12 +74,11 @@ def fail(config: RunConfig, root: Path) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         save_checkpoint(root, chunks, optimizer, manifest_at(2, config))
-        raised = None
-    except (Exception, CheckpointException) as error:
-        raised = type(error).__name__
+        raised = ""
+    except UserError as error:
+        raised = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    published = [name for name in names_in(root) if not name.startswith(".")]
-    failed = {"raised": raised, "published": published, "tracker": (root / TRACKER_NAME).read_text()}
+    failed = {"raised": raised, "in_root": names_in(root), "tracker": (root / TRACKER_NAME).read_text()}
     save_checkpoint(root, chunks, optimizer, manifest_at(2, config))
     return {**failed, "in_root_at_last": names_in(root)}
 

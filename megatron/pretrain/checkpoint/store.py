@@ -37,6 +37,7 @@ from megatron.pretrain.optim.sharded import SHARDING, load_tensors, sharded_tens
 logger = logging.getLogger(__name__)
 
 _BOOKKEEPING = "_extra_state"
+_WRITER_FAILED = "Worker failure"  # so the engine begins what it says of a file that could not be written
 
 
 def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer,
@@ -44,25 +45,26 @@ def save_checkpoint(root: Path, chunks: list[DistributedDataParallel], optimizer
     """Save weights, optimizer and random states to `root/iter_NNNNNNN`, and point the tracker there.
 
     Every rank calls this. The folder has a temporary name until it is whole, so a crash leaves the previous
-    checkpoint in place. Returns the folder.
+    checkpoint in place. Returns the folder. Raises UserError if it cannot be written, as on a full disk.
     """
     final = root / iteration_name(manifest.iteration)
     partial = root / f".{final.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with _parameters_at_rest(chunks):
-        content = _model_content(chunks)
-        content |= _optimizer_content(optimizer, content, is_loading=False)
-        content["rng"] = _sharded_rng()
-        content["fp8"] = _sharded_fp8(chunks)
-        dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
-    if dist.get_rank() == 0:
-        dataclasses.replace(
-            manifest, file_bytes=file_sizes(partial), file_ends=file_ends(partial)).write(partial)
-        _publish(partial, final)
-    dist.barrier()
+    with _writing(partial):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        with _parameters_at_rest(chunks):
+            content = _model_content(chunks)
+            content |= _optimizer_content(optimizer, content, is_loading=False)
+            content["rng"] = _sharded_rng()
+            content["fp8"] = _sharded_fp8(chunks)
+            dist_checkpointing.save(content, str(partial), _save_strategy(), content_metadata=dict(SHARDING))
+        if dist.get_rank() == 0:
+            dataclasses.replace(
+                manifest, file_bytes=file_sizes(partial), file_ends=file_ends(partial)).write(partial)
+            _publish(partial, final)
+        dist.barrier()
     return final
 
 
@@ -128,6 +130,29 @@ def _parameters_at_rest(chunks: list[DistributedDataParallel]) -> Iterator[None]
     finally:
         for chunk in overlapping:
             chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say of a checkpoint that cannot be written what was wrong, and leave no part of it."""
+    try:
+        yield
+    except OSError as error:
+        reason, cause = error.strerror or str(error), error
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        if _WRITER_FAILED not in str(failure):
+            raise
+        reason, cause = str(failure), error
+    else:
+        return
+    existing = next(path for path in folder.parents if path.exists())
+    free_gib = shutil.disk_usage(existing).free / 2**30
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise UserError(
+        f"{folder}: this checkpoint cannot be written: {reason}; with what was written of it, {free_gib:,.1f} GiB were "
+        "free there. What was saved before it is whole, and the next start goes on from there") from cause
 
 
 def _save_strategy() -> Any:
