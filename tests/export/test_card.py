@@ -38,7 +38,8 @@ def test_the_card_says_from_what_the_model_was_made(manifest, repository):
     assert said["mixture (SHA-256)"] == f"`{'ab' * 32}`"
     assert said["tokenizer (SHA-256)"] == f"`{manifest.tokenizer['fingerprint']}`"
     assert said["trained with"] == "torch 2.9"
-    assert f"torch {torch.__version__}" in said["converted with"]
+    release = torch.__version__.partition("+")[0]  # of some builds the installed version lacks what follows
+    assert f"torch {release}" in said["converted with"]
     assert said["parameters"] == "214,336" and said["type of the weights"] == "`bfloat16`"
     assert said["attention"] == "4 heads of 16, 2 for keys and values"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, text=True, capture_output=True)
