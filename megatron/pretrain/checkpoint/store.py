@@ -140,10 +140,9 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason, cause = error.strerror or str(error), error
     except CheckpointException as error:
-        failure, _ = next(iter(error.failures.values()))
-        if _WRITER_FAILED not in str(failure):
+        reason, cause = str(_first_failure(error)), error
+        if _WRITER_FAILED not in reason:
             raise
-        reason, cause = str(failure), error
     else:
         return
     existing = next(path for path in folder.parents if path.exists())
@@ -180,12 +179,16 @@ def _publish(partial: Path, final: Path) -> None:
 def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(content, str(folder))
-    except CheckpointException as failure:
-        # Not an Exception; its text is the tracebacks of all ranks.
-        first, _ = next(iter(failure.failures.values()))
-        raise UserError(f"{folder}: cannot be loaded, its files are damaged: {first!r}") from failure
+    except CheckpointException as error:
+        raise UserError(f"{folder}: cannot be loaded, its files are damaged: {_first_failure(error)!r}") from error
     except (CheckpointingException, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """One rank's failure, of an error that is no Exception and whose text is the tracebacks of all ranks."""
+    failure, _ = next(iter(error.failures.values()))
+    return failure
 
 
 def _load_model(folder: Path, chunks: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:
