@@ -39,7 +39,8 @@ def _heading(results: dict[str, Any]) -> str:
 
 def _arms(results: dict[str, Any]) -> str:
     rows = [["arm", "precision", "fb ms (least - greatest)", "step ms", "optimizer ms", "tokens/s/GPU (fb)",
-             "TFLOP/s (fb)", "MFU (fb)", "peak GiB", "activations GiB (a layer)", "start-up s", "loss"]]
+             "TFLOP/s (fb)", "MFU (fb)", "MFU (step)", "peak GiB", "activations GiB (a layer)", "start-up s",
+             "loss"]]
     for arm in results["arms"]:
         runs = _runs_of(results, arm)
         if not runs:
@@ -48,7 +49,8 @@ def _arms(results: dict[str, Any]) -> str:
                      _spread(map(_median_of("step_ms"), runs), "{:.1f}"),
                      _spread(map(_median_of("optimizer_ms"), runs), "{:.1f}"),
                      _median(runs, "fb_tokens_per_s", "{:,.0f}"), _median(runs, "fb_tflops", "{:.3g}"),
-                     _median(runs, "fb_mfu", "{:.1%}"), _median(runs, "peak_gib", "{:.1f}"),
+                     _median(runs, "fb_mfu", "{:.1%}"), _median(runs, "step_mfu", "{:.1%}"),
+                     _median(runs, "peak_gib", "{:.1f}"),
                      f"{_median(runs, 'kept_gib', '{:.1f}')} ({_median(runs, 'kept_gib_a_layer', '{:.2f}')})",
                      _spread((run.get("start_s", {}).get("first_step") for run in runs), "{:.1f}"),
                      _median(runs, "loss", "{:.3f}")])
