@@ -81,9 +81,9 @@ def _device(config: LayoutConfig) -> torch.device:
 
 
 def _join(config: LayoutConfig, device: torch.device) -> None:
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    if "WORLD_SIZE" not in os.environ:
+        # Without torchrun, alone at any port: a MASTER_PORT that the shell holds is where another run meets.
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=device)

@@ -33,7 +33,8 @@ Variables (an empty one counts as not set):
               the batch and TRAIN_ITERS.  TOKENIZER_MODEL_PATH (neo/tokenizer.model)
               ENABLE_SHUFFLE=true: shuffle documents too.  DATA_CACHE_PATH
   machine     GPUS_PER_NODE (the GPUs found; CPU processes where none is, then 1; 4 in a dry run)
-              NNODES (1) NODE_RANK (0) MASTER_ADDR (localhost) MASTER_PORT (8874)
+              NNODES (1) NODE_RANK (0) MASTER_ADDR (localhost)
+              MASTER_PORT (a free one; with several nodes 8874)
               DISTRIBUTED_BACKEND (nccl with GPUs, else gloo)  PYTHON
   layout      TP_SIZE ($DEFAULT_TP_SIZE, no more than there are processes) PP_SIZE (1) EP_SIZE (1)
               OVERLAP (true with several data-parallel GPUs, but not for -- --enable-cuda-graph): reduce
@@ -123,7 +124,8 @@ choose_meeting_point() {
             || fail_unless_dry "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR" \
                 "(the address of node 0)"
     elif [[ -z "${MASTER_PORT:-}" ]]; then
-        MASTER_PORT="$(free_port 8874)"
+        # Launchers that are started together look for it from different ports on.
+        MASTER_PORT="$(free_port "$((8874 + $$ % 1000))")"
     fi
     default NODE_RANK 0
     default MASTER_ADDR localhost

@@ -174,16 +174,15 @@ main() {
 
 # What the launchers read; what they would else take from a run that this shell was set up for is dropped.
 set_for_launchers() {
-    unset DATA_PATH TRAIN_ITERS EXIT_ITERS GRAD_ACC_STEPS LOAD_CHECKPOINT_PATH TP_SIZE PP_SIZE NNODES \
-        ENABLE_SHUFFLE KV_CHANNELS MAX_POSITION_EMBEDDINGS PY_SCRIPT_PATH WANDB_PROJECT
+    unset DATA_PATH TRAIN_ITERS EXIT_ITERS GRAD_ACC_STEPS LOAD_CHECKPOINT_PATH TP_SIZE PP_SIZE \
+        NNODES NODE_RANK MASTER_ADDR MASTER_PORT ENABLE_SHUFFLE KV_CHANNELS MAX_POSITION_EMBEDDINGS \
+        PY_SCRIPT_PATH WANDB_PROJECT
     export NUM_LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE NUM_HEADS NUM_KV_HEADS SEQ_LEN LR PRECISION
     export MIXTURE_ENV="$HOME_DIR/mixture.env" TOKENIZER_MODEL_PATH="$HOME_DIR/tokenizer.model"
     export LOG_INTERVAL=10 SAVE_INTERVAL=200 GPUS_PER_NODE=2
     # Two ranks, but a GPU takes no more than one.
     [[ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)" != 1 ]] || GPUS_PER_NODE=1
-    # So that a run that goes on beside this one is not met by accident.
-    MASTER_PORT="$("$PYTHON" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')"
-    export MASTER_PORT MICRO_BATCH="$((GLOBAL_BATCH_SIZE / GPUS_PER_NODE))"
+    export MICRO_BATCH="$((GLOBAL_BATCH_SIZE / GPUS_PER_NODE))"
 }
 
 # Empties an earlier quickstart's folder, unless told to keep it; another folder's files are left alone.

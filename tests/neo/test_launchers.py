@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -245,6 +246,16 @@ def test_kv_heads_follow_the_heads_where_every_head_has_its_own(launch):
 def test_processes_of_a_dry_run(launch, gpus, variables, processes, backend):
     said = launch("pretrain_2b", "--dry-run", gpus=gpus, DATA_PATH="corpus", **variables)
     assert (said.flag("--nproc_per_node"), said.flag("--distributed-backend")) == (processes, backend)
+
+
+def test_launchers_meet_at_ports_of_their_own_and_at_none_that_is_taken(launch, repository):
+    first, second = (launch("pretrain_2b", "--dry-run").flag("--master_port") for _ in range(2))
+    assert first != second
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = subprocess.run(["bash", "-c", f"source neo/scripts/launch.sh; free_port {port}"], cwd=repository,
+                              text=True, capture_output=True, check=True)
+    assert int(said.stdout) > port
 
 
 def test_gpus_are_told_of_one_queue_where_they_need_it_and_to_keep_kernels(launch):

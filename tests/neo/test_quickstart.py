@@ -25,7 +25,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quickstart(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Set for another run, which must not become this one's.
-    stale = {"DATA_PATH": "another-run", "TRAIN_ITERS": "7", "TP_SIZE": "4"}
+    stale = {"DATA_PATH": "another-run", "TRAIN_ITERS": "7", "TP_SIZE": "4", "NODE_RANK": "3",
+             "MASTER_ADDR": "another-node"}
     environment = {**os.environ, **SMALL, **stale, "QUICKSTART_HOME": str(home), "VIRTUAL_ENV": sys.prefix}
     return subprocess.run(["bash", str(QUICKSTART), *arguments], env=environment, text=True,
                           capture_output=True)
