@@ -90,5 +90,6 @@ def test_random_states_are_taken_over_only_when_asked(facts: dict):
 
 
 def test_damaged_file_is_told_in_a_sentence(root: Path, facts: dict):
-    assert facts["damage"] == (
-        f"{root}/damage/iter_0000001: cannot be loaded, its files are damaged: EOFError()")
+    sentence, _, error = facts["damage"].rpartition(": ")
+    assert sentence == f"{root}/damage/iter_0000001: cannot be loaded, its files are damaged"
+    assert error in ("EOFError()", "EOFError('Ran out of input')"), "as megatron-core 0.16 and 0.19 read it"
